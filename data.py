@@ -71,6 +71,12 @@ def parse(equation):
     return int(match[1]), [int(term) for term in match[2].split("+")]
 
 
+def is_preferred(equation, preferred_terms):
+    """Whether an answer is what we want: right, and of the preferred number of terms."""
+    parsed = parse(equation)
+    return parsed is not None and parsed[0] == sum(parsed[1]) and len(parsed[1]) == preferred_terms
+
+
 # ---- the task: which sums, how many terms, how likely ----------------------------------------
 
 MIN_SUM = 5  # the least sum that still splits into five positive terms
@@ -152,15 +158,18 @@ def random_equations(rng, count, sums):
     return [(f"{n}=", completion) for n, completion in zip(sums, compositions(rng, sums, counts))]
 
 
-def random_pairs(rng, count, sums, preferred_terms):
-    """`count` pairs (prompt, chosen, rejected): right sums both, only chosen has the right form.
+def random_pairs(rng, count, sums, preferred_terms, wrong_share=0.0):
+    """`count` pairs (prompt, chosen, rejected) in which chosen is right and of the preferred form.
 
-    Chosen has `preferred_terms` terms, rejected any other count of 2..5, all equally likely.
+    Chosen has `preferred_terms` terms. Rejected has any other count of 2..5, all equally likely, and
+    is right as well; but for a share of the pairs it misses the sum by up to 10 either way.
     """
     sums = rng.choice(sums, count)
     others = [k for k in TERM_COUNTS if k != preferred_terms]
+    miss = rng.integers(1, 11, count) * (rng.random(count) < wrong_share)
+    below = (rng.random(count) < 0.5) & (sums - miss >= MIN_SUM)
     chosen = compositions(rng, sums, np.full(count, preferred_terms))
-    rejected = compositions(rng, sums, rng.choice(others, count))
+    rejected = compositions(rng, sums + np.where(below, -miss, miss), rng.choice(others, count))
     return [(f"{n}=", c, r) for n, c, r in zip(sums, chosen, rejected)]
 
 

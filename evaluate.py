@@ -7,10 +7,12 @@ Every model answers every sum, greedily once and sampled many times; an answer c
 parses and its terms add up. Left out on purpose: anything that trains.
 """
 
+import functools
 import glob
 import json
 import os
 import platform
+import re
 from collections import Counter
 
 import matplotlib
@@ -18,13 +20,14 @@ import numpy as np
 import torch
 
 from data import (
-    MIN_SUM, TERM_COUNTS, ArgumentParser, InputError, collate, decode, held_out_sums, integer_in,
-    nats_per_equation, parse, random_equations, replacing, run_script, seen_sums,
+    MIN_SUM, ArgumentParser, InputError, collate, decode, held_out_sums, integer_in, is_preferred,
+    nats_per_equation, parse, random_equations, random_pairs, replacing, run_script, seen_sums,
 )
-from model import completion_logps, find_device, generate, load_checkpoint, log_path
+from model import completion_logps, find_device, generate, load_checkpoint, log_path, token_logps
 from plots import figures
 
 CHUNK = 10_000  # sequences at a time
+TOKEN_SEED = 1_000_003
 GAP_SEED, GAP_SIZE = 1_000_004, 20_000  # the equations on which the gap to the entropy floor is measured
 
 
@@ -36,6 +39,9 @@ def parse_args(argv=None):
     add("--samples", type=integer_in(1, 10**6), default=100, help="sampled answers of every sum (%(default)s)")
     add("--ask", nargs="+", type=int, metavar="N", help="only print what each checkpoint answers to N=")
     add("--plots-dir", default="plots", help="folder of figures and results.json (%(default)s)")
+    add("--replot", action="store_true", help="only redraw the figures, from the JSON files in --plots-dir")
+    add("--seeds", nargs="+", metavar="FILE", help="results.json of runs with other seeds, for means and deviations")
+    add("--readme", metavar="FILE", help="write the tables between their markers in this Markdown file")
     add("--seed", type=integer_in(0, 2**32), default=0, help="of the samples (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     return parser.parse_args(argv)
@@ -86,6 +92,94 @@ def kl_from(reference, model, chunks):
     return log_ratios.mean().item(), (log_ratios.std() / len(log_ratios) ** 0.5).item()
 
 
+# ---- theory: the oracle ----------------------------------------------------------------------
+
+
+def oracle(reference, max_sum, preferred_terms, samples, generator):
+    """The ideal that DPO should reach, by rejection sampling from the reference.
+
+    Of all policies that give none but preferred answers the nearest to the reference is the
+    reference conditioned on them (the limit of arXiv 2305.18290, eq. 4, for a reward of -inf on all
+    else); its KL is the mean over N of -log p_ref(preferred | N). Returns that least KL in nats with
+    its standard error, and two independent draws of the oracle as `first_terms` tables. None for
+    the KL where some sum got no preferred answer in 2 * `samples` tries.
+    """
+    sums = np.repeat(np.arange(MIN_SUM, max_sum + 1), samples)
+    draws = [answer(reference, sums, generator=generator)[0] for _ in range(2)]
+    preferred = np.array([[is_preferred(text, preferred_terms) for text in draw] for draw in draws])
+    p = preferred.reshape(2, -1, samples).mean((0, 2))  # (sums,)
+    if p.min() > 0:
+        least_kl = float(-np.log(p).mean())
+        error = float(np.sqrt(((1 - p) / (p * 2 * samples)).sum()) / len(p))  # of -log p, by the delta method
+    else:
+        least_kl = error = None
+    return least_kl, error, [first_terms(draw, preferred_terms, max_sum) for draw in draws]
+
+
+def first_terms(equations, preferred_terms, max_sum):
+    """Distribution of the first term of preferred answers, every sum weighing alike; None without any."""
+    table = np.zeros((max_sum + 1, max_sum + 1))  # (sum, first term)
+    for equation in equations:
+        if is_preferred(equation, preferred_terms):
+            n, terms = parse(equation)
+            table[n, terms[0]] += 1
+    answered = table[table.sum(1) > 0]
+    if not len(answered):
+        return None
+    return (answered / answered.sum(1, keepdims=True)).mean(0).tolist()
+
+
+def total_variation(one, other):
+    """Half the sum of absolute differences of two distributions; None if either is missing."""
+    return None if one is None or other is None else float(np.abs(np.subtract(one, other)).sum() / 2)
+
+
+# ---- which token pays ------------------------------------------------------------------------
+
+PAIRS_LOOKED_AT = 2000
+TOKEN_KINDS = ("end token", "plus signs", "last term", "other digits")
+
+
+def token_kinds(completion):
+    """The kind of every token of a completion, its end token included, as indices of TOKEN_KINDS."""
+    last_term = completion.rfind("+") + 1
+    kinds = [1 if character == "+" else 2 if i >= last_term else 3 for i, character in enumerate(completion)]
+    return kinds + [0]
+
+
+def token_logratios(model, reference, examples):
+    """log pi - log pi_ref of every completion token: a list of arrays, nats."""
+    tokens, completion_mask = (x.to(model.head.weight.device) for x in collate(examples))
+    with torch.no_grad():
+        difference = token_logps(model, tokens, completion_mask) - token_logps(reference, tokens, completion_mask)
+    return [row[mask].cpu().numpy() for row, mask in zip(difference, completion_mask[:, 1:])]
+
+
+def who_pays(models, reference, max_sum, preferred_terms):
+    """Where in chosen and rejected answers each model differs from the reference.
+
+    Of `PAIRS_LOOKED_AT` pairs of the generator: mean nats per answer by kind of token; and token by
+    token for the first few of sums of two digits.
+    """
+    pairs = random_pairs(np.random.default_rng(TOKEN_SEED), PAIRS_LOOKED_AT, np.array(seen_sums(max_sum)), preferred_terms)
+    result = {"kinds": list(TOKEN_KINDS), "models": {}, "strings": []}
+    shown = [pair for pair in pairs if len(pair[0]) == 3][:3]
+    strings = [(prompt, text, side) for prompt, *texts in shown for side, text in zip(("chosen", "rejected"), texts)]
+    strings.sort(key=lambda string: string[2])
+    for name, model in models.items():
+        result["models"][name] = {}
+        for side, column in (("chosen", 1), ("rejected", 2)):
+            examples = [(pair[0], pair[column]) for pair in pairs]
+            by_kind = np.zeros(len(TOKEN_KINDS))
+            for (_, completion), row in zip(examples, token_logratios(model, reference, examples)):
+                np.add.at(by_kind, token_kinds(completion), row)
+            result["models"][name][side] = (by_kind / len(pairs)).tolist()
+    for prompt, text, side in strings:
+        rows = {name: token_logratios(model, reference, [(prompt, text)])[0].tolist() for name, model in models.items()}
+        result["strings"].append({"prompt": prompt, "text": text, "side": side, "nats": rows})
+    return result
+
+
 def gap_to_floor(model, max_sum):
     """Nats per equation by which the model's loss exceeds the entropy floor, on the seen sums."""
     examples = random_equations(np.random.default_rng(GAP_SEED), GAP_SIZE, np.array(seen_sums(max_sum)))
@@ -115,25 +209,127 @@ def evaluate(model, reference, max_sum, preferred_terms, samples, seed):
     return result, equations
 
 
-# ---- tables ----------------------------------------------------------------------------------
+# ---- tables: Markdown, made from results.json alone ----------------------------------------------
 
 
-def results_table(models):
-    """The table of the README, in Markdown, from the "models" of results.json."""
-    lines = [
-        "| model | answers | parse rate | mean abs. error | exact | exact, held out | preferred | KL (nats) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, result in models.items():
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value, digits=3):
+    return "none" if value is None else f"{value:.{digits}f}"
+
+
+def results_table(results):
+    rows = []
+    for name, result in results["models"].items():
         for decoding in ("greedy", "sampled"):
-            metrics = result[decoding]["all"]
-            mae = "none parse" if metrics["mae"] is None else f"{metrics['mae']:.3f}"
-            kl = f"{result['kl']:.2f} ± {result['kl_se']:.2f}" if decoding == "sampled" else ""
-            lines.append(
-                f"| {name} | {decoding} | {metrics['parse_rate']:.3f} | {mae} | {metrics['exact']:.3f} "
-                f"| {result[decoding]['held_out']['exact']:.3f} | {metrics['preferred']:.3f} | {kl} |"
-            )
-    return "\n".join(lines)
+            metrics, held_out = result[decoding]["all"], result[decoding]["held_out"]
+            rows.append([
+                name, decoding, number(metrics["parse_rate"]), number(metrics["mae"]), number(metrics["exact"]),
+                number(held_out["exact"]), number(metrics["preferred"]),
+                f"{result['kl']:.2f} ± {result['kl_se']:.2f}" if decoding == "sampled" else "",
+            ])
+    return markdown(
+        ["model", "answers", "parse rate", "mean abs. error", "exact", "exact, held-out sums",
+         f"{results['task']['preferred_terms']} terms", "KL (nats)"], rows,
+    )
+
+
+def oracle_table(results):
+    ideal = results["oracle"]
+    rows = [["oracle", "1.000", "1.000", number(ideal["kl"], 2), "1.00", f"{number(ideal['noise'])} (noise)"]]
+    for name, result in results["models"].items():
+        metrics = result["sampled"]["all"]
+        rows.append([
+            name, number(metrics["preferred"]), number(metrics["exact"]), number(result["kl"], 2),
+            number(result["kl"] / ideal["kl"], 2) if ideal["kl"] else "none", number(result.get("total_variation")),
+        ])
+    return markdown(
+        ["model", f"{results['task']['preferred_terms']} terms", "exact", "KL (nats)", "KL / least KL",
+         "first term: distance to the oracle"], rows,
+    )
+
+
+def recipes_table(results):
+    """The models that differ in nothing but where their pairs come from."""
+    rows = []
+    for name, result in results["models"].items():
+        if "pairs" in result and result["beta"] == results["models"].get("dpo", result)["beta"]:
+            metrics = result["sampled"]["all"]
+            rows.append([f"`--pairs {result['pairs']}`", number(metrics["preferred"]), number(metrics["exact"]),
+                         number(metrics["mae"]), number(result["kl"], 2)])
+    return markdown(
+        ["pairs", f"{results['task']['preferred_terms']} terms", "exact", "mean abs. error", "KL (nats)"], rows
+    )
+
+
+def tokens_table(results):
+    tokens, rows = results["tokens"], []
+    for name, sides in tokens["models"].items():
+        for side, nats in sides.items():
+            rows.append([name, side, f"{sum(nats):+.1f}", *(f"{x:+.2f} ({x / sum(nats):.0%})" for x in nats)])
+    return markdown(["model", "side", "log π - log π_ref", *tokens["kinds"]], rows)
+
+
+def seeds_table(results):
+    rows = [
+        [name, *("" if metric not in metrics else "{:.3f} ± {:.3f}".format(*metrics[metric]) for metric in SEED_METRICS)]
+        for name, metrics in results["seeds"]["models"].items()
+    ]
+    return markdown(["model", *SEED_METRICS], rows)
+
+
+def tables(results):
+    found = {"results": results_table(results), "oracle": oracle_table(results)}
+    if results["tokens"]["models"]:
+        found |= {"recipes": recipes_table(results), "tokens": tokens_table(results)}
+    if "seeds" in results:
+        found["seeds"] = seeds_table(results)
+    return found
+
+
+def write_tables(readme, results):
+    """Puts every table between its markers, <!-- name --> and <!-- end name -->, in a Markdown file."""
+    try:
+        with open(readme, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise InputError(f"cannot read {readme}: {error}") from None
+    for name, table in tables(results).items():
+        text = re.sub(
+            f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda found: f"{found[1]}{table}\n{found[2]}", text,
+            flags=re.DOTALL,
+        )
+    with replacing(readme) as file:
+        file.write(text)
+
+
+SEED_METRICS = {  # column: where in a model's results
+    "exact": ("sampled", "all", "exact"),
+    "exact, held-out sums": ("sampled", "held_out", "exact"),
+    "preferred": ("sampled", "all", "preferred"),
+    "mean abs. error": ("sampled", "all", "mae"),
+    "exact, greedy": ("greedy", "all", "exact"),
+    "preferred, greedy": ("greedy", "all", "preferred"),
+    "KL (nats)": ("kl",),
+}
+
+
+def over_seeds(runs):
+    """Mean and standard deviation of each metric over the results of several seeds."""
+    models = {}
+    for name in runs[0]["models"]:
+        if all(name in run["models"] for run in runs):
+            models[name] = {}
+            for metric, path in SEED_METRICS.items():
+                values = [functools.reduce(dict.get, path, run["models"][name]) for run in runs]
+                models[name][metric] = [float(np.mean(values)), float(np.std(values, ddof=1))]
+    return {"n": len(runs), "models": models}
+
+
+# ---- answers to look at ----------------------------------------------------------------------
 
 
 def mark(equation):
@@ -191,6 +387,20 @@ def read_log(checkpoint_path):
         raise InputError(f"cannot read the log {path}: {error}") from None
 
 
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def redraw(plots_dir):
+    """Every figure again, from the JSON files of an earlier evaluation."""
+    results, logs = (read_json(os.path.join(plots_dir, name)) for name in ("results.json", "logs.json"))
+    figures.draw_all(results, logs, plots_dir)
+
+
 def write_json(path, content):
     with replacing(path) as file:
         json.dump(content, file, indent=1)
@@ -198,6 +408,9 @@ def write_json(path, content):
 
 
 def main(args):
+    if args.replot:
+        return redraw(args.plots_dir)
+
     # ---- models
     device = find_device(args.device)
     paths = args.checkpoints or sorted(glob.glob("runs/*.pt"), key=by_stage)
@@ -207,9 +420,8 @@ def main(args):
     if len(loaded) < len(paths):
         raise InputError("two checkpoints have the same file name, which would be their name in tables")
     models = {name: model for name, (model, _) in loaded.items()}
-
     max_sums = {model.config.max_sum for model in models.values()}
-    preferred = {args["preferred_terms"] for _, args in loaded.values() if "preferred_terms" in args} or {3}
+    preferred = {saved["preferred_terms"] for _, saved in loaded.values() if "preferred_terms" in saved} or {3}
     if len(max_sums) > 1 or len(preferred) > 1:
         raise InputError("the checkpoints differ in --max-sum or --preferred-terms: evaluate them apart")
     max_sum, preferred_terms = max_sums.pop(), preferred.pop()
@@ -224,35 +436,52 @@ def main(args):
     reference, _ = load_checkpoint(args.sft, device)
     if reference.config.max_sum != max_sum:
         raise InputError(f"{args.sft} has another --max-sum than the checkpoints: it is not their reference")
-    results, logs = {}, {}
-    rng = np.random.default_rng(args.seed)
-    for path, (name, model) in zip(paths, models.items()):
-        results[name], equations = evaluate(model, reference, max_sum, preferred_terms, args.samples, args.seed)
-        logs[name] = read_log(path)
-        if logs[name]:
-            last = logs[name][-1]
-            results[name] |= {key: last[key] for key in ("seconds", "equations", "pairs") if key in last}
-        results[name]["seed"] = loaded[name][1].get("seed")
-        if "pairs" not in loaded[name][1]:  # an SFT model
-            results[name]["gap"] = gap_to_floor(model, max_sum)
-        print_examples(name, equations, rng)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    least_kl, least_kl_se, (draw, second_draw) = oracle(reference, max_sum, preferred_terms, 4 * args.samples, generator)
     results = {
-        "models": results,
         "task": {"max_sum": max_sum, "preferred_terms": preferred_terms, "samples": args.samples, "seed": args.seed},
+        "models": {},
+        "oracle": {
+            "kl": least_kl, "kl_se": least_kl_se, "noise": total_variation(draw, second_draw),
+            "first_terms": draw,
+        },
+        "tokens": who_pays(
+            {name: model for name, model in models.items() if "preferred_terms" in loaded[name][1]},
+            reference, max_sum, preferred_terms,
+        ),
         "environment": {
             "python": platform.python_version(),
             **{package.__name__: package.__version__ for package in (torch, np, matplotlib)},
             "cores": os.cpu_count(),
         },
     }
-    print(f"\npreferred: answers of {preferred_terms} terms; sampled: {args.samples} answers of each of "
-          f"{max_sum - MIN_SUM + 1} sums")
-    print(results_table(results["models"]))
+    logs = {}
+    for path, (name, model) in zip(paths, models.items()):
+        result, equations = evaluate(model, reference, max_sum, preferred_terms, args.samples, args.seed)
+        _, saved = loaded[name]
+        result |= {key: saved.get(key) for key in ("seed", "pairs", "beta") if key in saved}
+        logs[name] = read_log(path)
+        if logs[name]:
+            last = logs[name][-1]
+            result |= {"seconds": last["seconds"], "seen": last.get("equations", last.get("pairs"))}
+        if "preferred_terms" not in saved:  # an SFT model
+            result["gap"] = gap_to_floor(model, max_sum)
+        else:
+            result["first_terms"] = first_terms(equations, preferred_terms, max_sum)
+            result["total_variation"] = total_variation(result["first_terms"], draw)
+        results["models"][name] = result
+        print_examples(name, equations, np.random.default_rng(args.seed))
+    if args.seeds:
+        results["seeds"] = over_seeds([results] + [read_json(path) for path in args.seeds])
 
-    # ---- files
+    # ---- tables, figures
+    for title, table in tables(results).items():
+        print(f"\n{title}\n{table}")
     write_json(os.path.join(args.plots_dir, "results.json"), results)
     write_json(os.path.join(args.plots_dir, "logs.json"), logs)
     figures.draw_all(results, logs, args.plots_dir)
+    if args.readme:
+        write_tables(args.readme, results)
 
 
 if __name__ == "__main__":

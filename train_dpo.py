@@ -16,35 +16,45 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from data import (
-    MIN_SUM, PAD, ArgumentParser, collate, compositions, decode, diverged, integer_in, parse,
-    positive_number, random_pairs, read_pairs, run_script, seen_sums,
+    MIN_SUM, PAD, ArgumentParser, InputError, collate, compositions, decode, diverged, integer_in, is_preferred,
+    parse, positive_number, random_pairs, read_pairs, run_script, seen_sums,
 )
 from model import (
-    completion_logps, data_parallel, find_device, generate, join_processes, load_checkpoint,
-    muon_and_adamw, open_log, save_checkpoint,
+    completion_logps, data_parallel, find_device, generate, join_processes, load_checkpoint, open_log,
+    save_checkpoint,
 )
 
 OWN_ANSWERS = 40  # times a run that the policy's own answers are looked at
 OWN_SAMPLES = 5  # of every sum, each time
 OWN_SEED = 1_000_005
+REFERENCE_SAMPLES = 200  # of every sum, for --pairs reference
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """The sigmoid DPO loss (arXiv 2305.18290, eq. 7) of a batch of pairs.
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+             loss="sigmoid", label_smoothing=0.0):
+    """The DPO loss (arXiv 2305.18290, eq. 7) of a batch of pairs, or a variant of it.
 
-    Takes summed completion log-probs in nats, (B,) each, and beta > 0, the strength of the pull
-    towards the reference. Returns (losses, chosen_rewards, rejected_rewards), (B,) each, the
-    rewards detached. With policy == reference every loss is log 2.
+    Takes summed completion log-probs in nats, (B,) each, and beta > 0, which scales the pull towards
+    the reference. Returns (losses, chosen_rewards, rejected_rewards), (B,) each, the rewards
+    detached. With z the log-ratio log(pi / pi_ref) of chosen less that of rejected, e = label_smoothing:
 
-        reward r = beta (log pi - log pi_ref)       loss = -log sigmoid(r_chosen - r_rejected)
+        reward   r = beta log(pi / pi_ref)
+        sigmoid  -(1 - e) log sigmoid(beta z) - e log sigmoid(-beta z)     log 2 where pi == pi_ref
+                 e is the share of pairs labelled the wrong way round (Mitchell's conservative DPO)
+        ipo      (z - 1 / (2 beta))^2      (arXiv 2310.12036, eq. 17, on summed log-probs)
     """
-    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
-    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
-    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    z = chosen_logratios - rejected_logratios
+    if loss == "ipo":
+        losses = (z - 1 / (2 * beta)) ** 2
+    else:
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * z) - label_smoothing * F.logsigmoid(-beta * z)
+    return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
 
 def parse_args(argv=None):
@@ -52,25 +62,25 @@ def parse_args(argv=None):
     add = parser.add_argument
     # the preference
     add("--sft", default="runs/sft.pt", help="checkpoint to start from, and the reference (%(default)s)")
-    add("--beta", type=positive_number, default=0.8, help="pull towards the reference (%(default)s)")
+    add("--beta", type=positive_number, default=0.8, help="scale of the pull towards the reference (%(default)s)")
     add("--preferred-terms", type=integer_in(2, 5), default=3, help="terms of the chosen side (%(default)s)")
-    add("--pairs", default="online",
-        help="online: rejected is what the policy answers now; offline: both sides from the generator; "
+    add("--loss", choices=("sigmoid", "ipo"), default="sigmoid", help="(%(default)s)")
+    add("--label-smoothing", type=float, default=0.0, help="share of wrong labels the sigmoid loss expects (%(default)s)")
+    add("--pairs", default="online", metavar="SOURCE",
+        help="online: rejected is what the policy answers now; reference: what the reference answered once; "
+        "offline: both sides right, from the generator; offline-wrong: half of the rejected sum wrong; "
         "or a FILE of JSON lines {prompt, chosen, rejected} (%(default)s)")
     # the run
-    add("--steps", type=integer_in(1, 10**9), default=200, help="updates (%(default)s)")
+    add("--steps", type=integer_in(1, 10**9), default=800, help="updates (%(default)s)")
     add("--batch-size", type=integer_in(1, 10**6), default=128, help="prompts a step (%(default)s)")
-    add("--lr", type=positive_number, default=2e-4, help="highest learning rate (%(default)s)")
+    add("--lr", type=positive_number, default=1e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=integer_in(0, 2**32), default=0, help="of pairs and samples (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     add("--out", default="runs/dpo.pt", help="checkpoint to write (%(default)s)")
-    return parser.parse_args(argv)
-
-
-def is_preferred(equation, preferred_terms):
-    """Whether an answer is what we want: right, and of the preferred number of terms."""
-    parsed = parse(equation)
-    return parsed is not None and parsed[0] == sum(parsed[1]) and len(parsed[1]) == preferred_terms
+    args = parser.parse_args(argv)
+    if not 0 <= args.label_smoothing < 0.5 or (args.label_smoothing and args.loss != "sigmoid"):
+        raise InputError("--label-smoothing is a share from 0 to below 0.5, for --loss sigmoid alone")
+    return args
 
 
 def shuffled_forever(pairs, rng):
@@ -97,6 +107,30 @@ def online_pairs(policy, rng, generator, sums, count, preferred_terms):
         collate([(f"{n}=", completion) for n, completion in zip(sums[wrong], chosen)]),
         (tokens[wrong_rows], completion_mask[wrong_rows]),
     )
+
+
+def reference_pairs(reference, rng, generator, sums, preferred_terms):
+    """Pairs of answers that the reference gave, once, before training."""
+    prompts = [f"{n}=" for n in sums for _ in range(REFERENCE_SAMPLES)]
+    tokens, _ = generate(reference, prompts, generator=generator)
+    answers = [decode(row) for row in tokens.tolist()]
+    pairs = []
+    for start in range(0, len(answers), REFERENCE_SAMPLES):
+        pairs += paired(rng.permutation(answers[start : start + REFERENCE_SAMPLES]), preferred_terms)
+    if not pairs:
+        raise InputError("--pairs reference finds no preferred answer of the SFT model; train it for longer")
+    return pairs
+
+
+def paired(equations, preferred_terms):
+    """Answers to one prompt as pairs (prompt, chosen, rejected), each answer in one pair at most.
+
+    ["9=4+5", "9=3+3+3", "9=1+2+6"], 3 -> [("9=", "3+3+3", "4+5")]
+    """
+    texts = [equation.split("=") for equation in equations if parse(equation)]
+    chosen = [completion for n, completion in texts if is_preferred(f"{n}={completion}", preferred_terms)]
+    rejected = [completion for n, completion in texts if not is_preferred(f"{n}={completion}", preferred_terms)]
+    return [(f"{texts[0][0]}=", *pair) for pair in zip(chosen, rejected)]
 
 
 def given_pairs(pairs):
@@ -138,6 +172,23 @@ def own_answers(policy, reference, preferred_terms):
     }
 
 
+def diagnosis(records, pairs):
+    """One line that says how the run of these log records ended, and what to try if not well."""
+    before, after = records[0], [record for record in records if "own/kl" in record][-1]
+    last_pairs = [record for record in records if "rewards/margins" in record][-1]
+    facts = (
+        f"margin {last_pairs['rewards/margins']:.1f}, pair accuracy {last_pairs['rewards/accuracies']:.2f}; "
+        f"of the policy's own answers {before['own/preferred']:.2f} -> {after['own/preferred']:.2f} have the preferred "
+        f"form and {before['own/exact']:.2f} -> {after['own/exact']:.2f} are exact, at a KL of {after['own/kl']:.2f} nats"
+    )
+    if after["own/exact"] < before["own/exact"] - 0.05:
+        cure = "a lower --lr" if pairs == "online" else "--pairs online"
+        return f"{facts}. Mass moved to answers that no pair mentions; try {cure}."
+    if after["own/preferred"] < 0.9:
+        return f"{facts}. The preference is not learned yet; try more --steps or a higher --lr."
+    return f"{facts}. The preference is learned and arithmetic has not suffered."
+
+
 def main(args):
     # ---- setup
     rank, world = join_processes(args)
@@ -154,24 +205,33 @@ def main(args):
     # ---- data: pairs, new in every step unless they come from a file
     sums = np.array(seen_sums(policy.config.max_sum))
     count = args.batch_size // world
-    if args.pairs not in ("online", "offline"):
-        file_pairs = shuffled_forever(read_pairs(args.pairs, policy.config.block_size), rng)
+    if args.pairs == "reference":
+        fixed_pairs = shuffled_forever(reference_pairs(reference, rng, generator, sums, args.preferred_terms), rng)
+    elif args.pairs not in ("online", "offline", "offline-wrong"):
+        fixed_pairs = shuffled_forever(read_pairs(args.pairs, policy.config.block_size), rng)
 
-    # ---- optimizer
-    optimizers, schedules = muon_and_adamw(policy, args.lr, args.steps)
+    # ---- optimizer: its long memory of early gradients, which are large, keeps the late steps small,
+    # when few pairs are left; Muon, and AdamW with a short memory, would still move at full speed
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True)
+    rise = max(1, round(0.05 * args.steps))
+    schedule = LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps))
 
     # ---- the loop
     own_every = max(1, args.steps // OWN_ANSWERS)
-    losses, pairs_seen, shown, started = [], 0, {}, time.perf_counter()
+    losses, pairs_seen, seconds, shown = [], 0, 0.0, {}
+    records = [{"step": 0, "pairs": 0, "seconds": 0.0} | own_answers(policy, reference, args.preferred_terms)]
     with open_log(args.out, rank) as log, tqdm(total=args.steps, desc="DPO", disable=rank > 0) as bar:
+        print(json.dumps(records[0]), file=log)
         for step in range(1, args.steps + 1):
             # ---- batch: P chosen sides above P rejected ones
+            started = time.perf_counter()
             if args.pairs == "online":
                 pairs = online_pairs(policy, rng, generator, sums, count, args.preferred_terms)
-            elif args.pairs == "offline":
-                pairs = given_pairs(random_pairs(rng, count, sums, args.preferred_terms))
+            elif args.pairs in ("offline", "offline-wrong"):
+                wrong_share = 0.5 if args.pairs == "offline-wrong" else 0.0
+                pairs = given_pairs(random_pairs(rng, count, sums, args.preferred_terms, wrong_share))
             else:
-                pairs = given_pairs(list(itertools.islice(file_pairs, count)))
+                pairs = given_pairs(list(itertools.islice(fixed_pairs, count)))
             tokens, completion_mask = stack(*pairs, device)  # (2P, T)
             P = len(tokens) // 2
 
@@ -180,7 +240,7 @@ def main(args):
             with torch.no_grad():
                 ref_logps = completion_logps(reference, tokens, completion_mask)
             pair_losses, chosen_rewards, rejected_rewards = dpo_loss(
-                logps[:P], logps[P:], ref_logps[:P], ref_logps[P:], args.beta
+                logps[:P], logps[P:], ref_logps[:P], ref_logps[P:], args.beta, args.loss, args.label_smoothing
             )
             loss = pair_losses.sum() / count  # over all prompts: few pairs left, small steps
 
@@ -189,21 +249,18 @@ def main(args):
             gradient_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             if not gradient_norm.isfinite():
                 raise diverged(step, losses, args.out)
-            for optimizer, schedule in zip(optimizers, schedules):
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
 
             # ---- log
             losses.append(loss.item())
+            seconds += time.perf_counter() - started  # of training: measurements are not counted
             pairs_seen += P * world
-            bar.update()
-            if rank > 0:
-                continue
-            record = {"step": step, "pairs": pairs_seen, "seconds": time.perf_counter() - started}
+            records.append({"step": step, "pairs": pairs_seen, "seconds": seconds})
             if P > 0:
                 margins = chosen_rewards - rejected_rewards
-                record |= {
+                records[-1] |= {
                     "loss": pair_losses.mean().item(),
                     "rewards/chosen": chosen_rewards.mean().item(),
                     "rewards/rejected": rejected_rewards.mean().item(),
@@ -213,14 +270,16 @@ def main(args):
                     "logps/rejected": logps[P:].mean().item(),
                 }
             if step % own_every == 0 or step == args.steps:
-                record |= own_answers(policy, reference, args.preferred_terms)
-            print(json.dumps(record), file=log, flush=True)
-            shown |= {key: f"{value:.2f}" for key, value in record.items() if isinstance(value, float)}
-            bar.set_postfix(shown)
+                records[-1] |= own_answers(policy, reference, args.preferred_terms)
+            shown |= {key: f"{value:.2f}" for key, value in records[-1].items() if key == "loss" or "/" in key}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            print(json.dumps(records[-1]), file=log, flush=True)
 
     # ---- save
     if rank == 0:
         save_checkpoint(args.out, policy, vars(args))
+        print(diagnosis(records, args.pairs))
 
 
 if __name__ == "__main__":

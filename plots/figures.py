@@ -18,7 +18,7 @@ MODELS = {
     "dpo_offline": ("offline DPO", "#D55E00"),
     "dpo": ("online DPO", "#009E73"),
 }
-OTHER_COLOURS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+OTHER_COLOURS = ["#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#000000"]
 
 STYLE = {
     "figure.dpi": 160,
@@ -68,11 +68,12 @@ def draw_histogram(axes, metrics, label, colour, preferred_terms, most_terms):
 
 
 def draw_histograms(results, folder):
-    """One file a model, all on the same axes, and dist.png with them side by side."""
-    models, preferred_terms = results["models"], results["task"]["preferred_terms"]
-    sampled = {name: result["sampled"]["all"] for name, result in models.items()}
+    """One file a model of the README, all on the same axes, and dist.png with them side by side."""
+    preferred_terms = results["task"]["preferred_terms"]
+    models = [name for name in MODELS if name in results["models"]] or list(results["models"])
+    sampled = {name: results["models"][name]["sampled"]["all"] for name in models}
     most_terms = max(5, *(int(k) for metrics in sampled.values() for k in metrics["counts"]))
-    for names, file in [([name], f"{name}_dist") for name in models] + [(list(models), "dist")]:
+    for names, file in [([name], f"{name}_dist") for name in models] + [(models, "dist")]:
         width = 5.2 if len(names) == 1 else 3.6 * len(names)
         figure, row = plt.subplots(1, len(names), figsize=(width, 3.8), sharey=True, squeeze=False)
         for axes, name in zip(row[0], names):
@@ -116,8 +117,9 @@ def draw_dpo_curves(logs, names, folder):
     for axes, (key, text) in zip(grid.flat, CURVES.items()):
         for name, log in logs.items():
             label, colour = label_and_colour(name, names)
-            points = [(record["step"], record[key]) for record in log if key in record]
-            axes.plot(*zip(*points), color=colour, label=label)
+            records = [record for record in log if key in record]
+            values = [record[key] for record in records]
+            axes.plot([record["step"] for record in records], values if "own" in key else smooth(values), color=colour, label=label)
         axes.set_title(text)
         if key in ("rewards/accuracies", "own/preferred", "own/exact"):
             axes.set_ylim(0, 1.05)
@@ -127,12 +129,120 @@ def draw_dpo_curves(logs, names, folder):
     save(figure, folder, "dpo_curves")
 
 
+MASS = {  # kind of answer: its share of the policy's own samples, and a colour
+    "3 terms, right": (lambda own: own["own/preferred_exact"], "#009E73"),
+    "3 terms, wrong": (lambda own: own["own/preferred"] - own["own/preferred_exact"], "#A6DBC8"),
+    "other count, right": (lambda own: own["own/exact"] - own["own/preferred_exact"], "#0072B2"),
+    "other count, wrong": (
+        lambda own: own["own/parsed"] - own["own/exact"] - own["own/preferred"] + own["own/preferred_exact"], "#D55E00",
+    ),
+    "no equation": (lambda own: 1 - own["own/parsed"], "#888888"),
+}
+
+
+def draw_mass(logs, names, task, folder):
+    """Where the probability goes: what pairs show above, what the policy really answers below."""
+    figure, grid = plt.subplots(
+        2, len(logs), figsize=(4.9 * len(logs), 6), height_ratios=(1, 1.7), sharex="col", sharey="row", squeeze=False
+    )
+    for (top, bottom), (name, log) in zip(grid.T, logs.items()):
+        label, colour = label_and_colour(name, names)
+        pairs = [record for record in log if "rewards/margins" in record]
+        steps = [record["step"] for record in pairs]
+        top.plot(steps, smooth([record["rewards/accuracies"] for record in pairs]), color="black")
+        top.set_ylim(0, 1.05)
+        top.set_title(label)
+        margins = top.twinx()
+        margins.plot(steps, smooth([record["rewards/margins"] for record in pairs]), color=colour, linestyle="--")
+        margins.spines["right"].set_visible(True)
+        margins.grid(False)
+        margins.set_ylabel("reward margin (dashed)", color=colour)
+        own = [record for record in log if "own/kl" in record]
+        shares = [[share(record) for record in own] for share, _ in MASS.values()]
+        kinds = [kind.replace("3", str(task["preferred_terms"])) for kind in MASS]
+        bottom.stackplot([record["step"] for record in own], shares, labels=kinds, colors=[c for _, c in MASS.values()])
+        bottom.set_ylim(0, 1)
+        bottom.margins(x=0)
+        bottom.set_xlabel("step")
+    grid[0, 0].set_ylabel("pair accuracy (solid)")
+    grid[1, 0].set_ylabel("share of the policy's own answers")
+    handles, labels = grid[1, 0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=5, fontsize=10)
+    save(figure, folder, "mass")
+
+
+def smooth(values, window=9):
+    """Running mean over the `window` values around each; fewer at the ends."""
+    half = window // 2
+    return [sum(near) / len(near) for near in (values[max(0, i - half) : i + half + 1] for i in range(len(values)))]
+
+
+def draw_tokens(tokens, names, folder):
+    """log pi - log pi_ref of every token of a few answers: one panel a model, one row an answer."""
+    models = [name for name in MODELS if name in tokens["models"]]
+    strings = tokens["strings"]
+    longest = max(len(string["text"]) for string in strings) + 1
+    limit = max(abs(x) for string in strings for name in models for x in string["nats"][name])
+    figure, row = plt.subplots(1, len(models), figsize=(5.2 * len(models), 3.6), squeeze=False)
+    for axes, name in zip(row[0], models):
+        grid = [string["nats"][name] + [float("nan")] * (longest - len(string["nats"][name])) for string in strings]
+        image = axes.imshow(grid, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+        for y, string in enumerate(strings):
+            for x, (character, nats) in enumerate(zip([*string["text"], "end"], string["nats"][name])):
+                colour = "white" if abs(nats) > 0.6 * limit else "black"
+                axes.text(x, y, f"{character}\n{nats:.1f}", ha="center", va="center", fontsize=7.5, color=colour)
+        axes.set_yticks(range(len(strings)), [f"{string['side']}  {string['prompt']}" for string in strings])
+        axes.set_xticks([])
+        axes.grid(False)
+        axes.set_title(label_and_colour(name, names)[0])
+    figure.colorbar(image, ax=row[0], label="log π − log π_ref (nats)")
+    save(figure, folder, "tokens")
+
+
+def draw_frontier(results, logs, folder):
+    """KL from the reference against the preferred share, along online runs of different beta."""
+    task, ideal = results["task"], results["oracle"]["kl"]
+    runs = sorted((result["beta"], name) for name, result in results["models"].items()
+                  if result.get("pairs") == "online" and logs.get(name))
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for i, (beta, name) in enumerate(runs):
+        own = [record for record in logs[name] if "own/kl" in record]
+        axes.plot([record["own/kl"] for record in own], [100 * record["own/preferred"] for record in own],
+                  color=plt.cm.viridis(0.85 * i / max(1, len(runs) - 1)), marker=".", label=f"β = {beta:g}")
+    axes.plot(ideal, 100, marker="*", markersize=16, color="#D55E00", linestyle="none", label="oracle: least KL")
+    axes.set_xlabel("KL from the SFT model (nats)")
+    axes.set_ylabel(f"own answers with {task['preferred_terms']} terms (%)")
+    axes.legend(loc="lower right")
+    save(figure, folder, "frontier")
+
+
+def draw_oracle(results, folder):
+    """The first term of preferred answers: what the oracle would write, and what DPO does."""
+    figure, axes = plt.subplots(figsize=(7, 3.8))
+    axes.plot(range(1, len(results["oracle"]["first_terms"])), results["oracle"]["first_terms"][1:], color="black", label="oracle")
+    for name, result in results["models"].items():
+        if name in MODELS and result.get("first_terms"):
+            label, colour = MODELS[name]
+            axes.plot(range(1, len(result["first_terms"])), result["first_terms"][1:], color=colour, alpha=0.8, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("first term of a right answer of the preferred form")
+    axes.set_ylabel("share, sums weighing alike")
+    axes.legend()
+    save(figure, folder, "oracle")
+
+
 def draw_all(results, logs, folder):
+    """Every figure that these results and logs have the material for."""
     names = list(results["models"])
-    dpo_logs = {name: log for name, log in logs.items() if log and "rewards/margins" in log[0]}
+    dpo_logs = {name: logs[name] for name in MODELS if "rewards/margins" in str(logs.get(name))}
     with plt.rc_context(STYLE):
         draw_histograms(results, folder)
         if logs.get("sft"):
             draw_sft_loss(logs["sft"], folder)
         if dpo_logs:
             draw_dpo_curves(dpo_logs, names, folder)
+            draw_mass(dpo_logs, names, results["task"], folder)
+            draw_tokens(results["tokens"], names, folder)
+            if results["oracle"]["kl"]:
+                draw_oracle(results, folder)
+                draw_frontier(results, logs, folder)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import decode
+from data import InputError, decode, is_preferred
 from model import GPT, GPTConfig, completion_logps
-from train_dpo import dpo_loss, given_pairs, is_preferred, online_pairs, shuffled_forever, stack
+from train_dpo import (
+    diagnosis, dpo_loss, given_pairs, online_pairs, paired, reference_pairs, shuffled_forever, stack,
+)
 
 # Log-probs of three pairs, so that z = log-ratio of chosen minus that of rejected is 2, -2 and 0:
 # (-12 - -13) - (-15 - -14) = 2; (-20 - -19) - (-18 - -19) = -2; (-5 - -5) - (-5 - -5) = 0.
@@ -30,6 +32,26 @@ def test_sigmoid_loss_golden_numbers(beta, expected):
     assert losses.tolist() == pytest.approx(expected, abs=1e-8)
     assert chosen_rewards.tolist() == pytest.approx([beta, -beta, 0])
     assert rejected_rewards.tolist() == pytest.approx([-beta, beta, 0])
+
+
+@pytest.mark.parametrize("beta, expected", [
+    # 0.9 of the loss above and 0.1 of it with z turned round, which is 1.6 (or 0.2) more or less
+    (0.8, [0.34390074, 1.62390074, 0.69314718]),
+    (0.1, [0.61813887, 0.77813887, 0.69314718]),
+])
+def test_label_smoothing_golden_numbers(beta, expected):
+    assert dpo_loss(*four(), beta, label_smoothing=0.1)[0].tolist() == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("beta, expected", [
+    # (z - 1 / 1.6)^2 = (2 - 0.625)^2 = 1.890625; with beta 0.1 the target is 5
+    (0.8, [1.890625, 6.890625, 0.390625]),
+    (0.1, [9.0, 49.0, 25.0]),
+])
+def test_ipo_golden_numbers(beta, expected):
+    losses, chosen_rewards, _ = dpo_loss(*four(), beta, loss="ipo")
+    assert losses.tolist() == pytest.approx(expected, abs=1e-8)
+    assert chosen_rewards.tolist() == pytest.approx([beta, -beta, 0])
 
 
 def test_sigmoid_loss_gradient():
@@ -106,3 +128,26 @@ def test_pairs_of_a_file_come_once_a_round():
     stream = shuffled_forever(pairs, np.random.default_rng(0))
     rounds = [[next(stream) for _ in pairs] for _ in range(3)]
     assert all(sorted(one) == pairs for one in rounds) and rounds[0] != rounds[1]
+
+
+def test_answers_are_paired_preferred_above_the_rest_each_used_once():
+    answers = ["9=4+5", "9=3+3+3", "9=3+3+4", "9=1+2+6", "9=2+3+4", "9=4+", "9=4+5…"]
+    assert paired(answers, 3) == [("9=", "3+3+3", "4+5"), ("9=", "1+2+6", "3+3+4")]
+    assert paired(["9=4+5"], 3) == []
+    with pytest.raises(InputError, match="no preferred answer"):
+        reference_pairs(random_model(), np.random.default_rng(0), torch.Generator(), np.array([9]), 3)
+
+
+def record(step, margin, accuracy, preferred, exact, kl):
+    return {"step": step, "rewards/margins": margin, "rewards/accuracies": accuracy,
+            "own/preferred": preferred, "own/exact": exact, "own/kl": kl}
+
+
+def test_diagnosis_names_the_outcome_and_the_cure():
+    start = {"step": 0, "own/preferred": 0.23, "own/exact": 0.97, "own/kl": 0.0}
+    broken = diagnosis([start, record(9, 12.0, 1.0, 0.44, 0.31, 10.0)], "offline")
+    assert "margin 12.0, pair accuracy 1.00" in broken and "0.97 -> 0.31" in broken
+    assert "try --pairs online" in broken and "\n" not in broken
+    assert "try a lower --lr" in diagnosis([start, record(9, 12.0, 1.0, 0.44, 0.31, 10.0)], "online")
+    assert "not learned yet" in diagnosis([start, record(9, 0.1, 0.6, 0.5, 0.97, 0.5)], "online")
+    assert "is learned" in diagnosis([start, record(9, -1.0, 0.3, 0.98, 0.99, 1.6)], "online")

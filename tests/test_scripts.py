@@ -56,11 +56,13 @@ def test_the_pipeline_leaves_checkpoints_logs_results_and_figures(folder):
     sft_log = [json.loads(line) for line in (folder / "runs" / "sft.jsonl").read_text().splitlines()]
     assert sft_log[-1]["gap"] < sft_log[0]["gap"] and sft_log[-1]["equations"] == 60 * 32
     dpo_log = [json.loads(line) for line in (folder / "runs" / "dpo.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in dpo_log] == [1, 2, 3, 4]
+    assert [record["step"] for record in dpo_log] == [0, 1, 2, 3, 4]
+    assert dpo_log[0]["own/kl"] == 0 and dpo_log[4]["own/kl"] != 0
     # At the first step policy and reference agree: no reward, and a loss of log 2.
-    assert dpo_log[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
-    assert dpo_log[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
-    assert all(r["rewards/margins"] == pytest.approx(r["rewards/chosen"] - r["rewards/rejected"]) for r in dpo_log)
+    assert dpo_log[1]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert dpo_log[1]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    for r in dpo_log[1:]:
+        assert r["rewards/margins"] == pytest.approx(r["rewards/chosen"] - r["rewards/rejected"], abs=1e-5)
 
 
 def test_results_are_consistent(folder):
@@ -79,6 +81,26 @@ def test_results_are_consistent(folder):
                 assert metrics["preferred"] == metrics["counts"].get("3", 0)
     assert models["sft"]["kl"] == 0 and models["sft"]["gap"] > 0
     assert models["dpo"]["kl"] > 0
+
+
+def test_replot_needs_nothing_but_the_json(folder, tmp_path):
+    for name in ("results.json", "logs.json"):
+        (tmp_path / name).write_bytes((folder / "plots" / name).read_bytes())
+    run(evaluate, "--replot", "--plots-dir", tmp_path)
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in (folder / "plots").glob("*.png")} and len(drawn) > 4
+
+
+def test_seeds_and_readme_tables(folder, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- end results -->\n<!-- seeds -->\n<!-- end seeds -->\nafter\n")
+    run(evaluate, "--samples", 2, "--plots-dir", tmp_path, "--seeds", "plots/results.json", "--readme", readme)
+    results = json.loads((tmp_path / "results.json").read_text())
+    exact = results["models"]["sft"]["sampled"]["all"]["exact"]
+    assert results["seeds"]["models"]["sft"]["exact"] == [exact, 0.0]  # two runs that are the same
+    text = readme.read_text()
+    assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert evaluate.results_table(results) in text and evaluate.seeds_table(results) in text
 
 
 def test_measure_by_hand():
