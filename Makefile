@@ -23,10 +23,12 @@ MODELS := sft dpo_offline dpo
 LESSON := dpo_offline_wrong dpo_reference dpo_beta_0.1 dpo_beta_0.3 dpo_beta_2
 SEEDS := 1 2 3 4
 
-# A model's flags are in its name; stages that only share a pattern have no flags of their own.
-FLAGS_dpo_offline := --pairs offline
-FLAGS_dpo_offline_wrong := --pairs offline-wrong
-FLAGS_dpo_reference := --pairs reference
+# What sets each model apart; runs/dpo.pt has the defaults. Fixed pairs get a gentle run: at the
+# learning rate of online pairs nothing at all survives.
+GENTLE := --lr 1e-4 --steps 150
+FLAGS_dpo_offline := --pairs offline $(GENTLE)
+FLAGS_dpo_offline_wrong := --pairs offline-wrong $(GENTLE)
+FLAGS_dpo_reference := --pairs reference $(GENTLE)
 FLAGS_dpo_beta_0.1 := --beta 0.1
 FLAGS_dpo_beta_0.3 := --beta 0.3
 FLAGS_dpo_beta_2 := --beta 2
@@ -43,8 +45,8 @@ all: plots/results.json
 runs/sft.pt: train_sft.py model.py data.py | .venv/installed
 	$(TRAIN) train_sft.py --out $@
 
-runs/dpo%.pt: train_dpo.py runs/sft.pt
-	$(TRAIN) train_dpo.py $(FLAGS_dpo$*) --out $@
+$(patsubst %,runs/%.pt,dpo dpo_offline $(LESSON)): runs/%.pt: train_dpo.py runs/sft.pt
+	$(TRAIN) train_dpo.py $(FLAGS_$*) --out $@
 
 plots/results.json: evaluate.py plots/figures.py $(MODELS:%=runs/%.pt) $(wildcard runs/*.pt runs/seed*/results.json)
 	$(BIN)/python evaluate.py --readme README.md \
@@ -56,8 +58,8 @@ lesson: $(LESSON:%=runs/%.pt)
 runs/seed%/results.json: train_sft.py train_dpo.py evaluate.py model.py data.py | .venv/installed
 	$(TRAIN) train_sft.py --seed $* --out runs/seed$*/sft.pt
 	$(TRAIN) train_dpo.py --seed $* --sft runs/seed$*/sft.pt --out runs/seed$*/dpo.pt
-	$(TRAIN) train_dpo.py --seed $* --sft runs/seed$*/sft.pt --pairs offline --out runs/seed$*/dpo_offline.pt
-	$(BIN)/python evaluate.py runs/seed$*/*.pt --sft runs/seed$*/sft.pt --seed $* --plots-dir runs/seed$*
+	$(TRAIN) train_dpo.py --seed $* --sft runs/seed$*/sft.pt $(FLAGS_dpo_offline) --out runs/seed$*/dpo_offline.pt
+	$(BIN)/python evaluate.py runs/seed$*/*.pt --sft runs/seed$*/sft.pt --seed $* --plots-dir $(@D)
 
 seeds: $(SEEDS:%=runs/seed%/results.json)
 	$(MAKE) plots/results.json

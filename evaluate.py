@@ -253,15 +253,16 @@ def oracle_table(results):
 
 
 def recipes_table(results):
-    """The models that differ in nothing but where their pairs come from."""
+    """The models of the same beta by where their pairs come from."""
     rows = []
     for name, result in results["models"].items():
         if "pairs" in result and result["beta"] == results["models"].get("dpo", result)["beta"]:
             metrics = result["sampled"]["all"]
-            rows.append([f"`--pairs {result['pairs']}`", number(metrics["preferred"]), number(metrics["exact"]),
-                         number(metrics["mae"]), number(result["kl"], 2)])
+            rows.append([f"`--pairs {result['pairs']}`", f"{result['lr']:g}", str(result["steps"]),
+                         number(metrics["preferred"]), number(metrics["exact"]), number(metrics["mae"]),
+                         number(result["kl"], 2)])
     return markdown(
-        ["pairs", f"{results['task']['preferred_terms']} terms", "exact", "mean abs. error", "KL (nats)"], rows
+        ["pairs", "lr", "steps", f"{results['task']['preferred_terms']} terms", "exact", "mean abs. error", "KL (nats)"], rows
     )
 
 
@@ -459,7 +460,7 @@ def main(args):
     for path, (name, model) in zip(paths, models.items()):
         result, equations = evaluate(model, reference, max_sum, preferred_terms, args.samples, args.seed)
         _, saved = loaded[name]
-        result |= {key: saved.get(key) for key in ("seed", "pairs", "beta") if key in saved}
+        result |= {key: saved.get(key) for key in ("seed", "pairs", "beta", "lr", "steps") if key in saved}
         logs[name] = read_log(path)
         if logs[name]:
             last = logs[name][-1]

@@ -71,8 +71,8 @@ def parse_args(argv=None):
         "offline: both sides right, from the generator; offline-wrong: half of the rejected sum wrong; "
         "or a FILE of JSON lines {prompt, chosen, rejected} (%(default)s)")
     # the run
-    add("--steps", type=integer_in(1, 10**9), default=800, help="updates (%(default)s)")
-    add("--batch-size", type=integer_in(1, 10**6), default=128, help="prompts a step (%(default)s)")
+    add("--steps", type=integer_in(1, 10**9), default=1000, help="updates (%(default)s)")
+    add("--batch-size", type=integer_in(1, 10**6), default=256, help="prompts a step (%(default)s)")
     add("--lr", type=positive_number, default=1e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=integer_in(0, 2**32), default=0, help="of pairs and samples (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
@@ -210,11 +210,11 @@ def main(args):
     elif args.pairs not in ("online", "offline", "offline-wrong"):
         fixed_pairs = shuffled_forever(read_pairs(args.pairs, policy.config.block_size), rng)
 
-    # ---- optimizer: its long memory of early gradients, which are large, keeps the late steps small,
-    # when few pairs are left; Muon, and AdamW with a short memory, would still move at full speed
+    # ---- optimizer: AdamW's long memory of the first gradients, which are large, keeps the steps small
+    # once few pairs are left; a short one, or Muon, would go on at full speed
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True)
     rise = max(1, round(0.05 * args.steps))
-    schedule = LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps))
+    schedule = LambdaLR(optimizer, lambda done: min((done + 1) / rise, (1 - done / args.steps) ** 2))
 
     # ---- the loop
     own_every = max(1, args.steps // OWN_ANSWERS)

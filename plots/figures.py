@@ -103,7 +103,7 @@ def draw_sft_loss(log, folder):
 
 CURVES = {  # key in the log: axis label
     "rewards/accuracies": "pair accuracy (new pairs)",
-    "rewards/margins": "reward margin (nats)",
+    "rewards/margins": "reward margin (β × nats)",
     "loss": "loss (nats per pair)",
     "own/preferred": "own samples: preferred form",
     "own/exact": "own samples: exact sums",
@@ -125,7 +125,7 @@ def draw_dpo_curves(logs, names, folder):
             axes.set_ylim(0, 1.05)
     for axes in grid[1]:
         axes.set_xlabel("step")
-    grid[0, 0].legend(loc="lower right")
+    grid[0, 1].legend(loc="center right")
     save(figure, folder, "dpo_curves")
 
 
@@ -192,7 +192,9 @@ def draw_tokens(tokens, names, folder):
                 colour = "white" if abs(nats) > 0.6 * limit else "black"
                 axes.text(x, y, f"{character}\n{nats:.1f}", ha="center", va="center", fontsize=7.5, color=colour)
         axes.set_yticks(range(len(strings)), [f"{string['side']}  {string['prompt']}" for string in strings])
+        axes.tick_params(left=False, labelleft=axes is row[0, 0])
         axes.set_xticks([])
+        axes.spines[:].set_visible(False)
         axes.grid(False)
         axes.set_title(label_and_colour(name, names)[0])
     figure.colorbar(image, ax=row[0], label="log π − log π_ref (nats)")
@@ -207,8 +209,9 @@ def draw_frontier(results, logs, folder):
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     for i, (beta, name) in enumerate(runs):
         own = [record for record in logs[name] if "own/kl" in record]
-        axes.plot([record["own/kl"] for record in own], [100 * record["own/preferred"] for record in own],
-                  color=plt.cm.viridis(0.85 * i / max(1, len(runs) - 1)), marker=".", label=f"β = {beta:g}")
+        kls, shares = (smooth([record[key] for record in own], window=5) for key in ("own/kl", "own/preferred"))
+        axes.plot(kls, [100 * share for share in shares], color=plt.cm.viridis(0.85 * i / max(1, len(runs) - 1)),
+                  marker=".", label=f"β = {beta:g}")
     axes.plot(ideal, 100, marker="*", markersize=16, color="#D55E00", linestyle="none", label="oracle: least KL")
     axes.set_xlabel("KL from the SFT model (nats)")
     axes.set_ylabel(f"own answers with {task['preferred_terms']} terms (%)")
@@ -217,16 +220,17 @@ def draw_frontier(results, logs, folder):
 
 
 def draw_oracle(results, folder):
-    """The first term of preferred answers: what the oracle would write, and what DPO does."""
-    figure, axes = plt.subplots(figsize=(7, 3.8))
-    axes.plot(range(1, len(results["oracle"]["first_terms"])), results["oracle"]["first_terms"][1:], color="black", label="oracle")
-    for name, result in results["models"].items():
-        if name in MODELS and result.get("first_terms"):
-            label, colour = MODELS[name]
-            axes.plot(range(1, len(result["first_terms"])), result["first_terms"][1:], color=colour, alpha=0.8, label=label)
-    axes.set_yscale("log")
-    axes.set_xlabel("first term of a right answer of the preferred form")
-    axes.set_ylabel("share, sums weighing alike")
+    """The first term of preferred answers: what the oracle writes, and what DPO does."""
+    bin_width = max(1, results["task"]["max_sum"] // 20)
+    curves = [("oracle", "black", results["oracle"]["first_terms"])]
+    curves += [(*MODELS[name], results["models"][name].get("first_terms")) for name in MODELS if name in results["models"]]
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    for label, colour, shares in curves:
+        if shares:
+            bins = [100 * sum(shares[i : i + bin_width]) for i in range(1, len(shares), bin_width)]
+            axes.stairs(bins, [1 + bin_width * i for i in range(len(bins) + 1)], color=colour, linewidth=2, label=label)
+    axes.set_xlabel(f"first term of a right answer of {results['task']['preferred_terms']} terms (bins of {bin_width})")
+    axes.set_ylabel("share (%), all sums weighing alike")
     axes.legend()
     save(figure, folder, "oracle")
 
