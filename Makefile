@@ -55,12 +55,15 @@ plots/results.json: evaluate.py plots/figures.py $(MODELS:%=runs/%.pt) $(wildcar
 lesson: $(LESSON:%=runs/%.pt)
 	$(MAKE) plots/results.json
 
-runs/seed%/results.json: train_sft.py train_dpo.py evaluate.py model.py data.py | .venv/installed
-	$(TRAIN) train_sft.py --seed $* --out runs/seed$*/sft.pt
+runs/seed%/sft.pt: train_sft.py model.py data.py | .venv/installed
+	$(TRAIN) train_sft.py --seed $* --out $@
+
+runs/seed%/results.json: runs/seed%/sft.pt train_dpo.py evaluate.py
 	$(TRAIN) train_dpo.py --seed $* --sft runs/seed$*/sft.pt --out runs/seed$*/dpo.pt
 	$(TRAIN) train_dpo.py --seed $* --sft runs/seed$*/sft.pt $(FLAGS_dpo_offline) --out runs/seed$*/dpo_offline.pt
 	$(BIN)/python evaluate.py runs/seed$*/*.pt --sft runs/seed$*/sft.pt --seed $* --plots-dir $(@D)
 
+.PRECIOUS: runs/seed%/sft.pt
 seeds: $(SEEDS:%=runs/seed%/results.json)
 	$(MAKE) plots/results.json
 

@@ -90,17 +90,21 @@ def shuffled_forever(pairs, rng):
             yield pairs[i]
 
 
-def online_pairs(policy, rng, generator, sums, count, preferred_terms):
+def online_pairs(policy, rng, generator, sums, failing, count, preferred_terms):
     """Pairs whose rejected side the policy has just written, as two batches for `stack`.
 
     Of `count` answers of the policy those that are as preferred are left out: there is nothing to
     reject. The rest get a chosen side from the generator. So there are ever fewer pairs, down to
     none, and they are used as they are: to repeat the last few mistakes until they fill a batch
-    would push them far too hard.
+    would push them far too hard. `failing` (sums,), updated in place, follows each sum's share of
+    answers that are not as preferred; the sums that fail most are asked more often.
     """
-    sums = rng.choice(sums, count)
+    chance = failing + 0.1
+    asked = rng.choice(len(sums), count, p=chance / chance.sum())
+    sums = sums[asked]
     tokens, completion_mask = generate(policy, [f"{n}=" for n in sums], generator=generator)
     wrong = np.array([not is_preferred(decode(row), preferred_terms) for row in tokens.tolist()])
+    failing[asked] += 0.1 * (wrong - failing[asked])
     chosen = compositions(rng, sums[wrong], np.full(wrong.sum(), preferred_terms))
     wrong_rows = torch.from_numpy(wrong).to(tokens.device)
     return (
@@ -204,6 +208,7 @@ def main(args):
 
     # ---- data: pairs, new in every step unless they come from a file
     sums = np.array(seen_sums(policy.config.max_sum))
+    failing = np.ones(len(sums))
     count = args.batch_size // world
     if args.pairs == "reference":
         fixed_pairs = shuffled_forever(reference_pairs(reference, rng, generator, sums, args.preferred_terms), rng)
@@ -226,7 +231,7 @@ def main(args):
             # ---- batch: P chosen sides above P rejected ones
             started = time.perf_counter()
             if args.pairs == "online":
-                pairs = online_pairs(policy, rng, generator, sums, count, args.preferred_terms)
+                pairs = online_pairs(policy, rng, generator, sums, failing, count, args.preferred_terms)
             elif args.pairs in ("offline", "offline-wrong"):
                 wrong_share = 0.5 if args.pairs == "offline-wrong" else 0.0
                 pairs = given_pairs(random_pairs(rng, count, sums, args.preferred_terms, wrong_share))

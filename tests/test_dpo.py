@@ -106,7 +106,9 @@ def test_online_pairs_reject_the_policys_own_answers():
     """An untrained model prefers nothing: each of its answers comes back, and with it a right one."""
     model, sums = random_model(), np.array([9, 100, 43])
     generator = torch.Generator().manual_seed(0)
-    chosen, rejected = online_pairs(model, np.random.default_rng(0), generator, sums, 50, 3)
+    failing = np.full(3, 0.5)
+    chosen, rejected = online_pairs(model, np.random.default_rng(0), generator, sums, failing, 50, 3)
+    assert (failing > 0.5).all()
     assert len(chosen[0]) == len(rejected[0]) == 50
     for good, bad in zip(chosen[0].tolist(), rejected[0].tolist()):
         assert is_preferred(decode(good), 3) and not is_preferred(decode(bad), 3)
