@@ -71,7 +71,7 @@ def parse_args(argv=None):
         "offline: both sides right, from the generator; offline-wrong: half of the rejected sum wrong; "
         "or a FILE of JSON lines {prompt, chosen, rejected} (%(default)s)")
     # the run
-    add("--steps", type=integer_in(1, 10**9), default=1000, help="updates (%(default)s)")
+    add("--steps", type=integer_in(1, 10**9), default=1400, help="updates (%(default)s)")
     add("--batch-size", type=integer_in(1, 10**6), default=256, help="prompts a step (%(default)s)")
     add("--lr", type=positive_number, default=1e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=integer_in(0, 2**32), default=0, help="of pairs and samples (%(default)s)")
