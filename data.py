@@ -161,7 +161,7 @@ def random_equations(rng, count, sums):
 def random_pairs(rng, count, sums, preferred_terms, wrong_share=0.0):
     """`count` pairs (prompt, chosen, rejected) in which chosen is right and of the preferred form.
 
-    Chosen has `preferred_terms` terms. Rejected has any other count of 2..5, all equally likely, and
+    Chosen has `preferred_terms` terms. Rejected has another count of 2..5, all equally likely, and
     is right as well; but for a share of the pairs it misses the sum by up to 10 either way.
     """
     sums = rng.choice(sums, count)
@@ -187,7 +187,9 @@ def collate(examples):
     ends = starts + np.array([len(completion) for _, completion in examples], int)[:, None]
     positions = np.arange(ends.max(initial=0) + 1)
     tokens = np.full((len(examples), len(positions)), PAD)
-    tokens[positions < ends] = encode("".join(prompt + completion for prompt, completion in examples))
+    tokens[positions < ends] = encode(
+        "".join(prompt + completion for prompt, completion in examples)
+    )
     tokens[positions == ends] = END
     mask = (starts <= positions) & (positions <= ends)
     return torch.from_numpy(tokens), torch.from_numpy(mask)
@@ -231,12 +233,15 @@ def parse_pair(line, max_length):
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
     if not re.fullmatch(r"[1-9][0-9]*=", pair["prompt"]):
-        raise ValueError(f"prompt must be a sum and an equals sign, such as 9=, not {pair['prompt']!r}")
+        raise ValueError(
+            f"prompt must be a sum and an equals sign, such as 9=, not {pair['prompt']!r}"
+        )
     for key in keys[1:]:
         length = len(pair["prompt"]) + len(pair[key]) + 1
         if length > max_length:
             raise ValueError(
-                f"prompt, {key} and end token are {length} tokens; the model has room for {max_length}"
+                f"prompt, {key} and end token are {length} tokens; the model has room for "
+                f"{max_length}"
             )
     return tuple(pair[key] for key in keys)
 
@@ -251,7 +256,9 @@ class InputError(Exception):
 def diverged(step, losses, out):
     """The error of a run whose loss is not finite any more at `step`."""
     last = f"it was {losses[-1]:.3f} the step before" if losses else "in the first step"
-    return InputError(f"the loss is not finite at step {step} ({last}); {out} is not touched; try a lower --lr")
+    return InputError(
+        f"the loss is not finite at step {step} ({last}); {out} is not touched; try a lower --lr"
+    )
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -268,7 +275,8 @@ def run_script(main):
         main()
         sys.stdout.flush()
     except InputError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks for all
+            print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
@@ -279,7 +287,7 @@ def run_script(main):
 
 @contextlib.contextmanager
 def replacing(path, mode="w"):
-    """Opens a temporary file beside `path`; it takes the place of `path` when the block ends well."""
+    """Opens a temporary file beside `path` that replaces it when the block ends well."""
     temporary = f"{path}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -322,11 +330,29 @@ def positive_number(text):
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Print or write random equations or preference pairs.")
-    parser.add_argument("--count", type=integer_in(1, 10**9), default=10, help="how many (%(default)s)")
-    parser.add_argument("--seed", type=integer_in(0, 2**63 - 1), default=0, help="of the generator (%(default)s)")
-    parser.add_argument("--max-sum", type=integer_in(*MAX_SUM_RANGE), default=DEFAULT_MAX_SUM, help="largest sum (%(default)s)")
-    parser.add_argument("--pairs", action="store_true", help="preference pairs as JSON lines {prompt, chosen, rejected}")
-    parser.add_argument("--preferred-terms", type=integer_in(2, 5), default=3, help="terms of the chosen side (%(default)s)")
+    parser.add_argument(
+        "--count", type=integer_in(1, 10**9), default=10, help="how many (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=integer_in(0, 2**63 - 1), default=0, help="of the generator (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-sum",
+        type=integer_in(*MAX_SUM_RANGE),
+        default=DEFAULT_MAX_SUM,
+        help="largest sum (%(default)s)",
+    )
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="preference pairs as JSON lines {prompt, chosen, rejected}",
+    )
+    parser.add_argument(
+        "--preferred-terms",
+        type=integer_in(2, 5),
+        default=3,
+        help="terms of the chosen side (%(default)s)",
+    )
     parser.add_argument("--out", metavar="FILE", help="write here, not to the terminal")
     return parser.parse_args(argv)
 
@@ -338,7 +364,9 @@ def main(args):
         for start in range(0, args.count, 1000):
             count = min(1000, args.count - start)
             if args.pairs:
-                for prompt, chosen, rejected in random_pairs(rng, count, sums, args.preferred_terms):
+                for prompt, chosen, rejected in random_pairs(
+                    rng, count, sums, args.preferred_terms
+                ):
                     pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
                     print(json.dumps(pair), file=file)
             else:

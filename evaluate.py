@@ -1,7 +1,7 @@
 """What the checkpoints answer, measured and drawn.
 
-    python evaluate.py                       # every checkpoint in runs/: tables and figures in plots/
-    python evaluate.py --ask 100 57          # what each of them answers to 100= and 57=
+    python evaluate.py                # every checkpoint in runs/: tables and figures in plots/
+    python evaluate.py --ask 100 57   # what each of them answers to 100= and 57=
 
 Every model answers every sum, greedily once and sampled many times; an answer counts as exact if it
 parses and its terms add up. Left out on purpose: anything that trains.
@@ -20,28 +20,70 @@ import numpy as np
 import torch
 
 from data import (
-    MIN_SUM, ArgumentParser, InputError, collate, decode, held_out_sums, integer_in, is_preferred,
-    nats_per_equation, parse, random_equations, random_pairs, replacing, run_script, seen_sums,
+    MIN_SUM,
+    ArgumentParser,
+    InputError,
+    collate,
+    decode,
+    held_out_sums,
+    integer_in,
+    is_preferred,
+    nats_per_equation,
+    parse,
+    random_equations,
+    random_pairs,
+    replacing,
+    run_script,
+    seen_sums,
 )
 from model import completion_logps, find_device, generate, load_checkpoint, log_path, token_logps
 from plots import figures
 
 CHUNK = 10_000  # sequences at a time
 TOKEN_SEED = 1_000_003
-GAP_SEED, GAP_SIZE = 1_000_004, 20_000  # the equations on which the gap to the entropy floor is measured
+GAP_SEED, GAP_SIZE = (
+    1_000_004,
+    20_000,
+)  # the equations on which the gap to the entropy floor is measured
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Measure what checkpoints answer, and draw it.")
     add = parser.add_argument
-    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="models to evaluate (all of runs/*.pt)")
+    add(
+        "checkpoints", nargs="*", metavar="CHECKPOINT", help="models to evaluate (all of runs/*.pt)"
+    )
     add("--sft", default="runs/sft.pt", help="the reference that KL is measured from (%(default)s)")
-    add("--samples", type=integer_in(1, 10**6), default=100, help="sampled answers of every sum (%(default)s)")
-    add("--ask", nargs="+", type=int, metavar="N", help="only print what each checkpoint answers to N=")
+    add(
+        "--samples",
+        type=integer_in(1, 10**6),
+        default=100,
+        help="sampled answers of every sum (%(default)s)",
+    )
+    add(
+        "--ask",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="only print what each checkpoint answers to N=",
+    )
     add("--plots-dir", default="plots", help="folder of figures and results.json (%(default)s)")
-    add("--replot", action="store_true", help="only redraw the figures, from the JSON files in --plots-dir")
-    add("--seeds", nargs="+", metavar="FILE", help="results.json of runs with other seeds, for means and deviations")
-    add("--readme", metavar="FILE", help="write the tables between their markers in this Markdown file")
+    add(
+        "--replot",
+        action="store_true",
+        help="only redraw the figures, from the JSON files in --plots-dir",
+    )
+    add(
+        "--seeds",
+        nargs="+",
+        metavar="FILE",
+        help="results.json of runs with other seeds, for means and deviations",
+    )
+    add(
+        "--readme",
+        metavar="FILE",
+        help="write the tables between their markers in this Markdown file",
+    )
     add("--seed", type=integer_in(0, 2**32), default=0, help="of the samples (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     return parser.parse_args(argv)
@@ -53,8 +95,8 @@ def parse_args(argv=None):
 def measure(equations, preferred_terms):
     """Metrics of a list of answers such as "9=3+3+3".
 
-    parse_rate, exact, preferred and the counts, of exact answers too, are shares of all answers; mae is the mean
-    |N - sum of terms| of those that parse, None if none does.
+    parse_rate, exact, preferred and the counts by number of terms (exact_counts: right ones alone)
+    are shares of all answers; mae is the mean |N - sum of terms| of those that parse, or None.
     """
     parsed = [result for result in map(parse, equations) if result is not None]
     errors = [abs(n - sum(terms)) for n, terms in parsed]
@@ -84,11 +126,14 @@ def answer(model, sums, greedy=False, generator=None):
 
 
 def kl_from(reference, model, chunks):
-    """KL(model || reference) in nats and its standard error, from completions sampled from model."""
+    """KL(model || reference) in nats and its standard error, from samples of the model."""
     with torch.no_grad():
-        log_ratios = torch.cat([
-            completion_logps(model, *chunk) - completion_logps(reference, *chunk) for chunk in chunks
-        ])
+        log_ratios = torch.cat(
+            [
+                completion_logps(model, *chunk) - completion_logps(reference, *chunk)
+                for chunk in chunks
+            ]
+        )
     return log_ratios.mean().item(), (log_ratios.std() / len(log_ratios) ** 0.5).item()
 
 
@@ -100,8 +145,7 @@ def oracle(reference, max_sum, preferred_terms, samples, generator):
 
     Of all policies that give none but preferred answers the nearest to the reference is the
     reference conditioned on them (the limit of arXiv 2305.18290, eq. 4, for a reward of -inf on all
-    else); its KL is the mean over N of -log p_ref(preferred | N). Returns that least KL in nats with
-    its standard error, and two independent draws of the oracle as `first_terms` tables. None for
+    else); its KL is the mean over N of -log p_ref(preferred | N). Returns that least KL in nats, its standard error, and two independent draws of the oracle as `first_terms` tables. None for
     the KL where some sum got no preferred answer in 2 * `samples` tries.
     """
     sums = np.repeat(np.arange(MIN_SUM, max_sum + 1), samples)
@@ -110,14 +154,16 @@ def oracle(reference, max_sum, preferred_terms, samples, generator):
     p = preferred.reshape(2, -1, samples).mean((0, 2))  # (sums,)
     if p.min() > 0:
         least_kl = float(-np.log(p).mean())
-        error = float(np.sqrt(((1 - p) / (p * 2 * samples)).sum()) / len(p))  # of -log p, by the delta method
+        error = float(
+            np.sqrt(((1 - p) / (p * 2 * samples)).sum()) / len(p)
+        )  # of -log p, by the delta method
     else:
         least_kl = error = None
     return least_kl, error, [first_terms(draw, preferred_terms, max_sum) for draw in draws]
 
 
 def first_terms(equations, preferred_terms, max_sum):
-    """Distribution of the first term of preferred answers, every sum weighing alike; None without any."""
+    """Shares of the first terms of preferred answers, all sums weighing alike; None without any."""
     table = np.zeros((max_sum + 1, max_sum + 1))  # (sum, first term)
     for equation in equations:
         if is_preferred(equation, preferred_terms):
@@ -131,7 +177,9 @@ def first_terms(equations, preferred_terms, max_sum):
 
 def total_variation(one, other):
     """Half the sum of absolute differences of two distributions; None if either is missing."""
-    return None if one is None or other is None else float(np.abs(np.subtract(one, other)).sum() / 2)
+    return (
+        None if one is None or other is None else float(np.abs(np.subtract(one, other)).sum() / 2)
+    )
 
 
 # ---- which token pays ------------------------------------------------------------------------
@@ -141,9 +189,12 @@ TOKEN_KINDS = ("end token", "plus signs", "last term", "other digits")
 
 
 def token_kinds(completion):
-    """The kind of every token of a completion, its end token included, as indices of TOKEN_KINDS."""
+    """The kind of every token of a completion and its end token, as indices of TOKEN_KINDS."""
     last_term = completion.rfind("+") + 1
-    kinds = [1 if character == "+" else 2 if i >= last_term else 3 for i, character in enumerate(completion)]
+    kinds = [
+        1 if character == "+" else 2 if i >= last_term else 3
+        for i, character in enumerate(completion)
+    ]
     return kinds + [0]
 
 
@@ -151,7 +202,9 @@ def token_logratios(model, reference, examples):
     """log pi - log pi_ref of every completion token: a list of arrays, nats."""
     tokens, completion_mask = (x.to(model.head.weight.device) for x in collate(examples))
     with torch.no_grad():
-        difference = token_logps(model, tokens, completion_mask) - token_logps(reference, tokens, completion_mask)
+        difference = token_logps(model, tokens, completion_mask) - token_logps(
+            reference, tokens, completion_mask
+        )
     return [row[mask].cpu().numpy() for row, mask in zip(difference, completion_mask[:, 1:])]
 
 
@@ -161,10 +214,19 @@ def who_pays(models, reference, max_sum, preferred_terms):
     Of `PAIRS_LOOKED_AT` pairs of the generator: mean nats per answer by kind of token; and token by
     token for the first few of sums of two digits.
     """
-    pairs = random_pairs(np.random.default_rng(TOKEN_SEED), PAIRS_LOOKED_AT, np.array(seen_sums(max_sum)), preferred_terms)
+    pairs = random_pairs(
+        np.random.default_rng(TOKEN_SEED),
+        PAIRS_LOOKED_AT,
+        np.array(seen_sums(max_sum)),
+        preferred_terms,
+    )
     result = {"kinds": list(TOKEN_KINDS), "models": {}, "strings": []}
     shown = [pair for pair in pairs if len(pair[0]) == 3][:3]
-    strings = [(prompt, text, side) for prompt, *texts in shown for side, text in zip(("chosen", "rejected"), texts)]
+    strings = [
+        (prompt, text, side)
+        for prompt, *texts in shown
+        for side, text in zip(("chosen", "rejected"), texts)
+    ]
     strings.sort(key=lambda string: string[2])
     for name, model in models.items():
         result["models"][name] = {}
@@ -175,20 +237,29 @@ def who_pays(models, reference, max_sum, preferred_terms):
                 np.add.at(by_kind, token_kinds(completion), row)
             result["models"][name][side] = (by_kind / len(pairs)).tolist()
     for prompt, text, side in strings:
-        rows = {name: token_logratios(model, reference, [(prompt, text)])[0].tolist() for name, model in models.items()}
+        rows = {
+            name: token_logratios(model, reference, [(prompt, text)])[0].tolist()
+            for name, model in models.items()
+        }
         result["strings"].append({"prompt": prompt, "text": text, "side": side, "nats": rows})
     return result
 
 
 def gap_to_floor(model, max_sum):
     """Nats per equation by which the model's loss exceeds the entropy floor, on the seen sums."""
-    examples = random_equations(np.random.default_rng(GAP_SEED), GAP_SIZE, np.array(seen_sums(max_sum)))
+    examples = random_equations(
+        np.random.default_rng(GAP_SEED), GAP_SIZE, np.array(seen_sums(max_sum))
+    )
     device = model.head.weight.device
     with torch.no_grad():
-        losses = torch.cat([
-            -completion_logps(model, *(x.to(device) for x in collate(examples[start : start + CHUNK])))
-            for start in range(0, GAP_SIZE, CHUNK)
-        ])
+        losses = torch.cat(
+            [
+                -completion_logps(
+                    model, *(x.to(device) for x in collate(examples[start : start + CHUNK]))
+                )
+                for start in range(0, GAP_SIZE, CHUNK)
+            ]
+        )
     return losses.mean().item() - nats_per_equation(examples)
 
 
@@ -226,29 +297,67 @@ def results_table(results):
     for name, result in results["models"].items():
         for decoding in ("greedy", "sampled"):
             metrics, held_out = result[decoding]["all"], result[decoding]["held_out"]
-            rows.append([
-                name, decoding, number(metrics["parse_rate"]), number(metrics["mae"]), number(metrics["exact"]),
-                number(held_out["exact"]), number(metrics["preferred"]),
-                f"{result['kl']:.2f} ± {result['kl_se']:.2f}" if decoding == "sampled" else "",
-            ])
+            rows.append(
+                [
+                    name,
+                    decoding,
+                    number(metrics["parse_rate"]),
+                    number(metrics["mae"]),
+                    number(metrics["exact"]),
+                    number(held_out["exact"]),
+                    number(metrics["preferred"]),
+                    f"{result['kl']:.2f} ± {result['kl_se']:.2f}" if decoding == "sampled" else "",
+                ]
+            )
     return markdown(
-        ["model", "answers", "parse rate", "mean abs. error", "exact", "exact, held-out sums",
-         f"{results['task']['preferred_terms']} terms", "KL (nats)"], rows,
+        [
+            "model",
+            "answers",
+            "parse rate",
+            "mean abs. error",
+            "exact",
+            "exact, held-out sums",
+            f"{results['task']['preferred_terms']} terms",
+            "KL (nats)",
+        ],
+        rows,
     )
 
 
 def oracle_table(results):
     ideal = results["oracle"]
-    rows = [["oracle", "1.000", "1.000", number(ideal["kl"], 2), "1.00", f"{number(ideal['noise'])} (noise)"]]
+    rows = [
+        [
+            "oracle",
+            "1.000",
+            "1.000",
+            number(ideal["kl"], 2),
+            "1.00",
+            f"{number(ideal['noise'])} (noise)",
+        ]
+    ]
     for name, result in results["models"].items():
         metrics = result["sampled"]["all"]
-        rows.append([
-            name, number(metrics["preferred"]), number(metrics["exact"]), number(result["kl"], 2),
-            number(result["kl"] / ideal["kl"], 2) if ideal["kl"] else "none", number(result.get("total_variation")),
-        ])
+        rows.append(
+            [
+                name,
+                number(metrics["preferred"]),
+                number(metrics["exact"]),
+                number(result["kl"], 2),
+                number(result["kl"] / ideal["kl"], 2) if ideal["kl"] else "none",
+                number(result.get("total_variation")),
+            ]
+        )
     return markdown(
-        ["model", f"{results['task']['preferred_terms']} terms", "exact", "KL (nats)", "KL / least KL",
-         "first term: distance to the oracle"], rows,
+        [
+            "model",
+            f"{results['task']['preferred_terms']} terms",
+            "exact",
+            "KL (nats)",
+            "KL / least KL",
+            "first term: distance to the oracle",
+        ],
+        rows,
     )
 
 
@@ -258,11 +367,28 @@ def recipes_table(results):
     for name, result in results["models"].items():
         if "pairs" in result and result["beta"] == results["models"].get("dpo", result)["beta"]:
             metrics = result["sampled"]["all"]
-            rows.append([f"`--pairs {result['pairs']}`", f"{result['lr']:g}", str(result["steps"]),
-                         number(metrics["preferred"]), number(metrics["exact"]), number(metrics["mae"]),
-                         number(result["kl"], 2)])
+            rows.append(
+                [
+                    f"`--pairs {result['pairs']}`",
+                    f"{result['lr']:g}",
+                    str(result["steps"]),
+                    number(metrics["preferred"]),
+                    number(metrics["exact"]),
+                    number(metrics["mae"]),
+                    number(result["kl"], 2),
+                ]
+            )
     return markdown(
-        ["pairs", "lr", "steps", f"{results['task']['preferred_terms']} terms", "exact", "mean abs. error", "KL (nats)"], rows
+        [
+            "pairs",
+            "lr",
+            "steps",
+            f"{results['task']['preferred_terms']} terms",
+            "exact",
+            "mean abs. error",
+            "KL (nats)",
+        ],
+        rows,
     )
 
 
@@ -270,13 +396,26 @@ def tokens_table(results):
     tokens, rows = results["tokens"], []
     for name, sides in tokens["models"].items():
         for side, nats in sides.items():
-            rows.append([name, side, f"{sum(nats):+.1f}", *(f"{x:+.2f} ({x / sum(nats):.0%})" for x in nats)])
+            rows.append(
+                [
+                    name,
+                    side,
+                    f"{sum(nats):+.1f}",
+                    *(f"{x:+.2f} ({x / sum(nats):.0%})" for x in nats),
+                ]
+            )
     return markdown(["model", "side", "log π - log π_ref", *tokens["kinds"]], rows)
 
 
 def seeds_table(results):
     rows = [
-        [name, *("" if metric not in metrics else "{:.3f} ± {:.3f}".format(*metrics[metric]) for metric in SEED_METRICS)]
+        [
+            name,
+            *(
+                "" if metric not in metrics else "{:.3f} ± {:.3f}".format(*metrics[metric])
+                for metric in SEED_METRICS
+            ),
+        ]
         for name, metrics in results["seeds"]["models"].items()
     ]
     return markdown(["model", *SEED_METRICS], rows)
@@ -292,7 +431,7 @@ def tables(results):
 
 
 def write_tables(readme, results):
-    """Puts every table between its markers, <!-- name --> and <!-- end name -->, in a Markdown file."""
+    """Puts every table between its markers, <!-- name --> and <!-- end name -->, in a README."""
     try:
         with open(readme, encoding="utf-8") as file:
             text = file.read()
@@ -300,7 +439,9 @@ def write_tables(readme, results):
         raise InputError(f"cannot read {readme}: {error}") from None
     for name, table in tables(results).items():
         text = re.sub(
-            f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda found: f"{found[1]}{table}\n{found[2]}", text,
+            f"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
+            lambda found: f"{found[1]}{table}\n{found[2]}",
+            text,
             flags=re.DOTALL,
         )
     with replacing(readme) as file:
@@ -347,7 +488,10 @@ def print_examples(name, equations, rng):
     picked = list(rng.choice(equations, 4))
     mistakes = [equation for equation in equations if mark(equation).startswith("✗")]
     some = list(rng.permutation(mistakes)[:4])
-    print(f"\n{name}: four of {len(equations)} sampled answers, and {len(some)} of the {len(mistakes)} mistakes")
+    print(
+        f"\n{name}: four of {len(equations)} sampled answers, "
+        f"and {len(some)} of the {len(mistakes)} mistakes"
+    )
     for left in picked + some:
         print("  ", mark(left))
 
@@ -359,7 +503,10 @@ def ask(models, sums, seed):
             generator = torch.Generator(model.head.weight.device).manual_seed(seed)
             greedy, _ = answer(model, [n], greedy=True)
             sampled, _ = answer(model, [n] * 3, generator=generator)
-            print(f"{name:>12}  greedy {mark(greedy[0]):<28} sampled " + "   ".join(map(mark, sampled)))
+            print(
+                f"{name:>12}  greedy {mark(greedy[0]):<28} sampled "
+                + "   ".join(map(mark, sampled))
+            )
 
 
 # ---- the script ------------------------------------------------------------------------------
@@ -398,7 +545,9 @@ def read_json(path):
 
 def redraw(plots_dir):
     """Every figure again, from the JSON files of an earlier evaluation."""
-    results, logs = (read_json(os.path.join(plots_dir, name)) for name in ("results.json", "logs.json"))
+    results, logs = (
+        read_json(os.path.join(plots_dir, name)) for name in ("results.json", "logs.json")
+    )
     figures.draw_all(results, logs, plots_dir)
 
 
@@ -419,36 +568,57 @@ def main(args):
         raise InputError("there is no checkpoint in runs/; train_sft.py writes the first")
     loaded = {name_of(path): load_checkpoint(path, device) for path in paths}
     if len(loaded) < len(paths):
-        raise InputError("two checkpoints have the same file name, which would be their name in tables")
+        raise InputError(
+            "two checkpoints have the same file name, which would be their name in tables"
+        )
     models = {name: model for name, (model, _) in loaded.items()}
     max_sums = {model.config.max_sum for model in models.values()}
-    preferred = {saved["preferred_terms"] for _, saved in loaded.values() if "preferred_terms" in saved} or {3}
+    preferred = {
+        saved["preferred_terms"] for _, saved in loaded.values() if "preferred_terms" in saved
+    } or {3}
     if len(max_sums) > 1 or len(preferred) > 1:
-        raise InputError("the checkpoints differ in --max-sum or --preferred-terms: evaluate them apart")
+        raise InputError(
+            "the checkpoints differ in --max-sum or --preferred-terms: evaluate them apart"
+        )
     max_sum, preferred_terms = max_sums.pop(), preferred.pop()
 
     if args.ask:
         for n in args.ask:
             if not MIN_SUM <= n <= max_sum:
-                raise InputError(f"--ask {n} is out of range; these models know sums from {MIN_SUM} to {max_sum}")
+                raise InputError(
+                    f"--ask {n} is out of range; these models know sums from {MIN_SUM} to {max_sum}"
+                )
         return ask(models, args.ask, args.seed)
 
     # ---- metrics
     reference, _ = load_checkpoint(args.sft, device)
     if reference.config.max_sum != max_sum:
-        raise InputError(f"{args.sft} has another --max-sum than the checkpoints: it is not their reference")
+        raise InputError(
+            f"{args.sft} has another --max-sum than the checkpoints: it is not their reference"
+        )
     generator = torch.Generator(device).manual_seed(args.seed)
-    least_kl, least_kl_se, (draw, second_draw) = oracle(reference, max_sum, preferred_terms, 4 * args.samples, generator)
+    least_kl, least_kl_se, (draw, second_draw) = oracle(
+        reference, max_sum, preferred_terms, 4 * args.samples, generator
+    )
     results = {
-        "task": {"max_sum": max_sum, "preferred_terms": preferred_terms, "samples": args.samples, "seed": args.seed},
+        "task": {
+            "max_sum": max_sum,
+            "preferred_terms": preferred_terms,
+            "samples": args.samples,
+            "seed": args.seed,
+        },
         "models": {},
         "oracle": {
-            "kl": least_kl, "kl_se": least_kl_se, "noise": total_variation(draw, second_draw),
+            "kl": least_kl,
+            "kl_se": least_kl_se,
+            "noise": total_variation(draw, second_draw),
             "first_terms": draw,
         },
         "tokens": who_pays(
             {name: model for name, model in models.items() if "preferred_terms" in loaded[name][1]},
-            reference, max_sum, preferred_terms,
+            reference,
+            max_sum,
+            preferred_terms,
         ),
         "environment": {
             "python": platform.python_version(),
@@ -458,9 +628,13 @@ def main(args):
     }
     logs = {}
     for path, (name, model) in zip(paths, models.items()):
-        result, equations = evaluate(model, reference, max_sum, preferred_terms, args.samples, args.seed)
+        result, equations = evaluate(
+            model, reference, max_sum, preferred_terms, args.samples, args.seed
+        )
         _, saved = loaded[name]
-        result |= {key: saved.get(key) for key in ("seed", "pairs", "beta", "lr", "steps") if key in saved}
+        result |= {
+            key: saved.get(key) for key in ("seed", "pairs", "beta", "lr", "steps") if key in saved
+        }
         logs[name] = read_log(path)
         if logs[name]:
             last = logs[name][-1]

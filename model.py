@@ -23,7 +23,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
-    CHARACTERS, DEFAULT_MAX_SUM, END, PAD, VOCAB_SIZE, InputError, collate, longest_equation, replacing,
+    CHARACTERS,
+    DEFAULT_MAX_SUM,
+    END,
+    PAD,
+    VOCAB_SIZE,
+    InputError,
+    collate,
+    longest_equation,
+    replacing,
 )
 
 
@@ -67,7 +75,8 @@ class Attention(nn.Module):
                 k = torch.cat([cache["k"], k], dim=2)  # (B, H, S, D)
                 v = torch.cat([cache["v"], v], dim=2)
             cache["k"], cache["v"] = k, v
-        # Plain products: at these lengths F.scaled_dot_product_attention makes a step 1.2 times slower.
+        # Plain products: at these lengths F.scaled_dot_product_attention makes a training step
+        # 1.2 times slower.
         scores = q @ k.mT * D**-0.5  # (B, H, T, S)
         if cache is None:
             scores = scores + self.later[:T, :T]
@@ -129,14 +138,20 @@ class GPT(nn.Module):
         `cache`: a list with a dict a block, see `generate`; `tokens` are then the T = 1 next ones.
         """
         B, T = tokens.shape
-        used = torch.arange(B * T, device=tokens.device) if used is None else used.flatten().nonzero()[:, 0]
+        used = (
+            torch.arange(B * T, device=tokens.device)
+            if used is None
+            else used.flatten().nonzero()[:, 0]
+        )
         past = cache[0]["k"].shape[2] if cache and cache[0] else 0
         x = self.token_embedding(tokens.flatten()[used])  # (M, C)
         x = x + self.position_embedding(used % T + past)
         for i, block in enumerate(self.blocks):
             x = block(x, used, B, T, cache[i] if cache else None)  # (M, C)
         logits = self.head(self.norm(x))  # (M, V)
-        return logits.new_zeros(B * T, VOCAB_SIZE).index_copy(0, used, logits).view(B, T, VOCAB_SIZE)
+        return (
+            logits.new_zeros(B * T, VOCAB_SIZE).index_copy(0, used, logits).view(B, T, VOCAB_SIZE)
+        )
 
 
 def token_logps(model, tokens, completion_mask):
@@ -157,7 +172,7 @@ def completion_logps(model, tokens, completion_mask):
 
 @torch.no_grad()
 def generate(model, prompts, greedy=False, generator=None):
-    """Completions of `prompts` (strings): tokens (B, T) and completion mask (B, T), as in `collate`.
+    """Completions of `prompts` (strings): tokens (B, T) and completion mask (B, T).
 
     Greedy, or sampled at temperature 1 with a torch `generator` of the model's device. The batch
     moves by a column at a time: a row whose prompt is not over takes its next token from there, so
@@ -165,7 +180,9 @@ def generate(model, prompts, greedy=False, generator=None):
     ended when the model's positions are used up stays without an end token.
     """
     device = model.head.weight.device
-    prompt_tokens, after_prompt = (x.to(device) for x in collate([(prompt, "") for prompt in prompts]))
+    prompt_tokens, after_prompt = (
+        x.to(device) for x in collate([(prompt, "") for prompt in prompts])
+    )
     starts = after_prompt.int().argmax(1)  # (B,) where completions begin
     T = model.config.block_size
     tokens = torch.full((len(prompts), T), PAD, device=device)
@@ -179,7 +196,9 @@ def generate(model, prompts, greedy=False, generator=None):
         if greedy:
             drawn = logits.argmax(1)
         else:
-            probabilities = logits.softmax(1).nan_to_num(1)  # a diverged model still answers, with noise
+            probabilities = logits.softmax(1).nan_to_num(
+                1
+            )  # a diverged model still answers, with noise
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         in_prompt = t + 1 < starts[rows]
         tokens[rows, t + 1] = torch.where(in_prompt, tokens[rows, t + 1], drawn)
@@ -202,7 +221,7 @@ def generate(model, prompts, greedy=False, generator=None):
 
 
 def save_checkpoint(path, model, args):
-    """Writes {"config", "model", "args"}, plain types all, to a temporary file renamed to `path`."""
+    """Writes {"config", "model", "args"}, all of plain types; `path` is replaced as a whole."""
     checkpoint = {
         "config": dataclasses.asdict(model.config),
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
@@ -220,7 +239,9 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}; train_sft.py and train_dpo.py write them") from None
+        raise InputError(
+            f"there is no checkpoint {path}; train_sft.py and train_dpo.py write them"
+        ) from None
     except Exception as error:  # torch.load has no one type for what is no checkpoint
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path} is not a checkpoint, or is cut short: {reason}") from None
@@ -232,14 +253,18 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(checkpoint["model"])
         args = dict(checkpoint["args"])
     except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError, RuntimeError):
-        raise InputError(f"{path} is a checkpoint of some other program; train_sft.py writes one") from None
+        raise InputError(
+            f"{path} is a checkpoint of some other program; train_sft.py writes one"
+        ) from None
     return model.to(device).eval(), args
 
 
 def open_log(checkpoint_path, rank):
-    """The file of JSON lines beside a checkpoint, replaced as a whole; the null device but on rank 0."""
+    """The file of JSON lines beside a checkpoint; on ranks above 0 the null device."""
     if os.path.isdir(checkpoint_path) or log_path(checkpoint_path) == checkpoint_path:
-        raise InputError(f"--out {checkpoint_path} is no name for a checkpoint; runs/sft.pt would be one")
+        raise InputError(
+            f"--out {checkpoint_path} is no name for a checkpoint; runs/sft.pt would be one"
+        )
     return open(os.devnull, "w") if rank > 0 else replacing(log_path(checkpoint_path))
 
 
@@ -258,7 +283,9 @@ def find_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name} is not there; cpu always is, cuda where torch finds a GPU") from None
+        raise InputError(
+            f"--device {name} is not there; cpu always is, cuda where torch finds a GPU"
+        ) from None
 
 
 def join_processes(args):
@@ -274,4 +301,8 @@ def join_processes(args):
 
 def data_parallel(model, world):
     """The model itself, or in a run of several processes one that averages gradients over them."""
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
+    return (
+        DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if world > 1
+        else model
+    )

@@ -1,7 +1,7 @@
 """Stage 2, Direct Preference Optimization: the model learns to prefer answers of three terms.
 
-    python train_dpo.py                                            # writes runs/dpo.pt, runs/dpo.jsonl
-    python train_dpo.py --pairs offline --out runs/dpo_offline.pt  # the classic way, which fails here
+    python train_dpo.py                    # writes runs/dpo.pt and its log, runs/dpo.jsonl
+    python train_dpo.py --pairs offline --out runs/dpo_offline.pt   # the classic way: it fails
 
 The SFT model is loaded twice: as the policy, which is trained, and as the reference, which is not.
 Left out on purpose: mixed precision, gradient accumulation, reference log-probs computed ahead
@@ -20,11 +20,31 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from data import (
-    MIN_SUM, PAD, ArgumentParser, InputError, collate, compositions, decode, diverged, integer_in, is_preferred,
-    parse, positive_number, random_pairs, read_pairs, run_script, seen_sums,
+    MIN_SUM,
+    PAD,
+    ArgumentParser,
+    InputError,
+    collate,
+    compositions,
+    decode,
+    diverged,
+    integer_in,
+    is_preferred,
+    parse,
+    positive_number,
+    random_pairs,
+    read_pairs,
+    run_script,
+    seen_sums,
 )
 from model import (
-    completion_logps, data_parallel, find_device, generate, join_processes, load_checkpoint, open_log,
+    completion_logps,
+    data_parallel,
+    find_device,
+    generate,
+    join_processes,
+    load_checkpoint,
+    open_log,
     save_checkpoint,
 )
 
@@ -34,13 +54,20 @@ OWN_SEED = 1_000_005
 REFERENCE_SAMPLES = 200  # of every sum, for --pairs reference
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
-             loss="sigmoid", label_smoothing=0.0):
+def dpo_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta,
+    loss="sigmoid",
+    label_smoothing=0.0,
+):
     """The DPO loss (arXiv 2305.18290, eq. 7) of a batch of pairs, or a variant of it.
 
-    Takes summed completion log-probs in nats, (B,) each, and beta > 0, which scales the pull towards
+    Takes summed completion log-probs in nats, (B,) each, and beta > 0, which scales the pull to
     the reference. Returns (losses, chosen_rewards, rejected_rewards), (B,) each, the rewards
-    detached. With z the log-ratio log(pi / pi_ref) of chosen less that of rejected, e = label_smoothing:
+    detached. With z the log-ratio of chosen less that of rejected, and e = label_smoothing:
 
         reward   r = beta log(pi / pi_ref)
         sigmoid  -(1 - e) log sigmoid(beta z) - e log sigmoid(-beta z)     log 2 where pi == pi_ref
@@ -53,23 +80,52 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     if loss == "ipo":
         losses = (z - 1 / (2 * beta)) ** 2
     else:
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * z) - label_smoothing * F.logsigmoid(-beta * z)
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * z) - label_smoothing * F.logsigmoid(
+            -beta * z
+        )
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Train the SFT model to prefer answers of a given number of terms.")
+    parser = ArgumentParser(
+        description="Train the SFT model to prefer answers of a given number of terms."
+    )
     add = parser.add_argument
     # the preference
-    add("--sft", default="runs/sft.pt", help="checkpoint to start from, and the reference (%(default)s)")
-    add("--beta", type=positive_number, default=0.8, help="scale of the pull towards the reference (%(default)s)")
-    add("--preferred-terms", type=integer_in(2, 5), default=3, help="terms of the chosen side (%(default)s)")
+    add(
+        "--sft",
+        default="runs/sft.pt",
+        help="checkpoint to start from, and the reference (%(default)s)",
+    )
+    add(
+        "--beta",
+        type=positive_number,
+        default=0.8,
+        help="scale of the pull towards the reference (%(default)s)",
+    )
+    add(
+        "--preferred-terms",
+        type=integer_in(2, 5),
+        default=3,
+        help="terms of the chosen side (%(default)s)",
+    )
     add("--loss", choices=("sigmoid", "ipo"), default="sigmoid", help="(%(default)s)")
-    add("--label-smoothing", type=float, default=0.0, help="share of wrong labels the sigmoid loss expects (%(default)s)")
-    add("--pairs", default="online", metavar="SOURCE",
-        help="online: rejected is what the policy answers now; reference: what the reference answered once; "
-        "offline: both sides right, from the generator; offline-wrong: half of the rejected sum wrong; "
-        "or a FILE of JSON lines {prompt, chosen, rejected} (%(default)s)")
+    add(
+        "--label-smoothing",
+        type=float,
+        default=0.0,
+        help="share of wrong labels the sigmoid loss expects (%(default)s)",
+    )
+    add(
+        "--pairs",
+        default="online",
+        metavar="SOURCE",
+        help="online: rejected is what the policy answers now; "
+        "reference: both sides are what the reference answered once; "
+        "offline: both sides right, from the generator; "
+        "offline-wrong: half of the rejected sum wrong; "
+        "or a FILE of JSON lines {prompt, chosen, rejected} (%(default)s)",
+    )
     # the run
     add("--steps", type=integer_in(1, 10**9), default=1400, help="updates (%(default)s)")
     add("--batch-size", type=integer_in(1, 10**6), default=256, help="prompts a step (%(default)s)")
@@ -79,7 +135,9 @@ def parse_args(argv=None):
     add("--out", default="runs/dpo.pt", help="checkpoint to write (%(default)s)")
     args = parser.parse_args(argv)
     if not 0 <= args.label_smoothing < 0.5 or (args.label_smoothing and args.loss != "sigmoid"):
-        raise InputError("--label-smoothing is a share from 0 to below 0.5, for --loss sigmoid alone")
+        raise InputError(
+            "--label-smoothing is a share from 0 to below 0.5, for --loss sigmoid alone"
+        )
     return args
 
 
@@ -120,9 +178,13 @@ def reference_pairs(reference, rng, generator, sums, preferred_terms):
     answers = [decode(row) for row in tokens.tolist()]
     pairs = []
     for start in range(0, len(answers), REFERENCE_SAMPLES):
-        pairs += paired(rng.permutation(answers[start : start + REFERENCE_SAMPLES]), preferred_terms)
+        pairs += paired(
+            rng.permutation(answers[start : start + REFERENCE_SAMPLES]), preferred_terms
+        )
     if not pairs:
-        raise InputError("--pairs reference finds no preferred answer of the SFT model; train it for longer")
+        raise InputError(
+            "--pairs reference finds no preferred answer of the SFT model; train it for longer"
+        )
     return pairs
 
 
@@ -132,8 +194,14 @@ def paired(equations, preferred_terms):
     ["9=4+5", "9=3+3+3", "9=1+2+6"], 3 -> [("9=", "3+3+3", "4+5")]
     """
     texts = [equation.split("=") for equation in equations if parse(equation)]
-    chosen = [completion for n, completion in texts if is_preferred(f"{n}={completion}", preferred_terms)]
-    rejected = [completion for n, completion in texts if not is_preferred(f"{n}={completion}", preferred_terms)]
+    chosen = [
+        completion for n, completion in texts if is_preferred(f"{n}={completion}", preferred_terms)
+    ]
+    rejected = [
+        completion
+        for n, completion in texts
+        if not is_preferred(f"{n}={completion}", preferred_terms)
+    ]
     return [(f"{texts[0][0]}=", *pair) for pair in zip(chosen, rejected)]
 
 
@@ -148,7 +216,9 @@ def stack(chosen, rejected, device):
     """Two batches (tokens, completion_mask) of P rows as one of 2P, chosen above rejected."""
     longest = max(chosen[0].shape[1], rejected[0].shape[1])
     return [
-        torch.cat([F.pad(part.to(device), (0, longest - part.shape[1]), value=filler) for part in parts])
+        torch.cat(
+            [F.pad(part.to(device), (0, longest - part.shape[1]), value=filler) for part in parts]
+        )
         for filler, parts in ((PAD, (chosen[0], rejected[0])), (False, (chosen[1], rejected[1])))
     ]
 
@@ -179,11 +249,16 @@ def own_answers(policy, reference, preferred_terms):
 def diagnosis(records, pairs):
     """One line that says how the run of these log records ended, and what to try if not well."""
     before, after = records[0], [record for record in records if "own/kl" in record][-1]
-    last_pairs = [record for record in records if "rewards/margins" in record][-1]
+    with_pairs = [record for record in records if "rewards/margins" in record]
+    if not with_pairs:
+        return "Every answer was as preferred from the start: there was no pair to learn from."
+    last_pairs = with_pairs[-1]
     facts = (
-        f"margin {last_pairs['rewards/margins']:.1f}, pair accuracy {last_pairs['rewards/accuracies']:.2f}; "
-        f"of the policy's own answers {before['own/preferred']:.2f} -> {after['own/preferred']:.2f} have the preferred "
-        f"form and {before['own/exact']:.2f} -> {after['own/exact']:.2f} are exact, at a KL of {after['own/kl']:.2f} nats"
+        f"margin {last_pairs['rewards/margins']:.1f}, "
+        f"pair accuracy {last_pairs['rewards/accuracies']:.2f}; of the policy's own answers "
+        f"{before['own/preferred']:.2f} -> {after['own/preferred']:.2f} have the preferred form, "
+        f"{before['own/exact']:.2f} -> {after['own/exact']:.2f} are exact; "
+        f"KL {after['own/kl']:.2f} nats"
     )
     if after["own/exact"] < before["own/exact"] - 0.05:
         cure = "a lower --lr" if pairs == "online" else "--pairs online"
@@ -211,30 +286,46 @@ def main(args):
     failing = np.ones(len(sums))
     count = args.batch_size // world
     if args.pairs == "reference":
-        fixed_pairs = shuffled_forever(reference_pairs(reference, rng, generator, sums, args.preferred_terms), rng)
+        fixed_pairs = shuffled_forever(
+            reference_pairs(reference, rng, generator, sums, args.preferred_terms), rng
+        )
     elif args.pairs not in ("online", "offline", "offline-wrong"):
         fixed_pairs = shuffled_forever(read_pairs(args.pairs, policy.config.block_size), rng)
 
-    # ---- optimizer: AdamW's long memory of the first gradients, which are large, keeps the steps small
-    # once few pairs are left; a short one, or Muon, would go on at full speed
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True)
+    # ---- optimizer: AdamW's long memory of the first, large gradients keeps the steps small once
+    # few pairs are left; with a short one, or Muon, they would stay as large
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True
+    )
     rise = max(1, round(0.05 * args.steps))
-    schedule = LambdaLR(optimizer, lambda done: min((done + 1) / rise, (1 - done / args.steps) ** 2))
+    schedule = LambdaLR(
+        optimizer, lambda done: min((done + 1) / rise, (1 - done / args.steps) ** 2)
+    )
 
     # ---- the loop
     own_every = max(1, args.steps // OWN_ANSWERS)
     losses, pairs_seen, seconds, shown = [], 0, 0.0, {}
-    records = [{"step": 0, "pairs": 0, "seconds": 0.0} | own_answers(policy, reference, args.preferred_terms)]
-    with open_log(args.out, rank) as log, tqdm(total=args.steps, desc="DPO", disable=rank > 0) as bar:
+    records = [
+        {"step": 0, "pairs": 0, "seconds": 0.0}
+        | own_answers(policy, reference, args.preferred_terms)
+    ]
+    with (
+        open_log(args.out, rank) as log,
+        tqdm(total=args.steps, desc="DPO", disable=rank > 0) as bar,
+    ):
         print(json.dumps(records[0]), file=log)
         for step in range(1, args.steps + 1):
             # ---- batch: P chosen sides above P rejected ones
             started = time.perf_counter()
             if args.pairs == "online":
-                pairs = online_pairs(policy, rng, generator, sums, failing, count, args.preferred_terms)
+                pairs = online_pairs(
+                    policy, rng, generator, sums, failing, count, args.preferred_terms
+                )
             elif args.pairs in ("offline", "offline-wrong"):
                 wrong_share = 0.5 if args.pairs == "offline-wrong" else 0.0
-                pairs = given_pairs(random_pairs(rng, count, sums, args.preferred_terms, wrong_share))
+                pairs = given_pairs(
+                    random_pairs(rng, count, sums, args.preferred_terms, wrong_share)
+                )
             else:
                 pairs = given_pairs(list(itertools.islice(fixed_pairs, count)))
             tokens, completion_mask = stack(*pairs, device)  # (2P, T)
@@ -245,7 +336,13 @@ def main(args):
             with torch.no_grad():
                 ref_logps = completion_logps(reference, tokens, completion_mask)
             pair_losses, chosen_rewards, rejected_rewards = dpo_loss(
-                logps[:P], logps[P:], ref_logps[:P], ref_logps[P:], args.beta, args.loss, args.label_smoothing
+                logps[:P],
+                logps[P:],
+                ref_logps[:P],
+                ref_logps[P:],
+                args.beta,
+                args.loss,
+                args.label_smoothing,
             )
             loss = pair_losses.sum() / count  # over all prompts: few pairs left, small steps
 
@@ -276,7 +373,11 @@ def main(args):
                 }
             if step % own_every == 0 or step == args.steps:
                 records[-1] |= own_answers(policy, reference, args.preferred_terms)
-            shown |= {key: f"{value:.2f}" for key, value in records[-1].items() if key == "loss" or "/" in key}
+            shown |= {
+                key: f"{value:.2f}"
+                for key, value in records[-1].items()
+                if key == "loss" or "/" in key
+            }
             bar.set_postfix(shown, refresh=False)
             bar.update()
             print(json.dumps(records[-1]), file=log, flush=True)

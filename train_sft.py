@@ -16,11 +16,29 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from data import (
-    DEFAULT_MAX_SUM, MAX_SUM_RANGE, ArgumentParser, InputError, collate, diverged, entropy_floor,
-    integer_in, nats_per_equation, positive_number, random_equations, run_script, seen_sums,
+    DEFAULT_MAX_SUM,
+    MAX_SUM_RANGE,
+    ArgumentParser,
+    InputError,
+    collate,
+    diverged,
+    entropy_floor,
+    integer_in,
+    nats_per_equation,
+    positive_number,
+    random_equations,
+    run_script,
+    seen_sums,
 )
 from model import (
-    GPT, GPTConfig, completion_logps, data_parallel, find_device, join_processes, open_log, save_checkpoint,
+    GPT,
+    GPTConfig,
+    completion_logps,
+    data_parallel,
+    find_device,
+    join_processes,
+    open_log,
+    save_checkpoint,
 )
 
 LOGGED = 30  # times a run
@@ -33,14 +51,28 @@ def parse_args(argv=None):
     add = parser.add_argument
     # the model, written into the checkpoint
     add("--depth", type=integer_in(1, 100), default=6, help="blocks (%(default)s)")
-    add("--width", type=integer_in(1, 4096), default=48, help="of the residual stream (%(default)s)")
+    add(
+        "--width", type=integer_in(1, 4096), default=48, help="of the residual stream (%(default)s)"
+    )
     add("--heads", type=integer_in(1, 4096), default=4, help="of attention (%(default)s)")
-    add("--max-sum", type=integer_in(*MAX_SUM_RANGE), default=DEFAULT_MAX_SUM, help="largest sum (%(default)s)")
+    add(
+        "--max-sum",
+        type=integer_in(*MAX_SUM_RANGE),
+        default=DEFAULT_MAX_SUM,
+        help="largest sum (%(default)s)",
+    )
     # the run
     add("--steps", type=integer_in(1, 10**9), default=10_000, help="updates (%(default)s)")
-    add("--batch-size", type=integer_in(1, 10**6), default=64, help="equations a step (%(default)s)")
+    add(
+        "--batch-size", type=integer_in(1, 10**6), default=64, help="equations a step (%(default)s)"
+    )
     add("--lr", type=positive_number, default=6e-3, help="highest learning rate (%(default)s)")
-    add("--seed", type=integer_in(0, 2**32), default=0, help="of weights and equations (%(default)s)")
+    add(
+        "--seed",
+        type=integer_in(0, 2**32),
+        default=0,
+        help="of weights and equations (%(default)s)",
+    )
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     add("--out", default="runs/sft.pt", help="checkpoint to write (%(default)s)")
     args = parser.parse_args(argv)
@@ -61,7 +93,9 @@ class Muon(torch.optim.Optimizer):
         shapes = {}
         for matrix in matrices:
             shapes.setdefault(matrix.shape, []).append(matrix)
-        super().__init__([{"params": same} for same in shapes.values()], {"lr": lr, "momentum": momentum})
+        super().__init__(
+            [{"params": same} for same in shapes.values()], {"lr": lr, "momentum": momentum}
+        )
 
     @torch.no_grad()
     def step(self):
@@ -110,7 +144,7 @@ def main(args):
     validation_floor = nats_per_equation(validation)
     validation_batch = [x.to(device) for x in collate(validation)]
 
-    # ---- optimizer: Muon for the matrices inside the blocks, AdamW for all else; up, then down to zero
+    # ---- optimizer: Muon for the matrices inside the blocks, AdamW for all else
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = [
@@ -119,13 +153,17 @@ def main(args):
     ]
     rise = max(1, round(0.03 * args.steps))
     schedules = [
-        LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps)) for optimizer in optimizers
+        LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps))
+        for optimizer in optimizers
     ]
 
     # ---- the loop
     log_every = max(1, args.steps // LOGGED)
     losses, seconds = [], 0.0
-    with open_log(args.out, rank) as log, tqdm(total=args.steps, desc="SFT", disable=rank > 0) as bar:
+    with (
+        open_log(args.out, rank) as log,
+        tqdm(total=args.steps, desc="SFT", disable=rank > 0) as bar,
+    ):
         for step in range(1, args.steps + 1):
             # ---- batch
             started = time.perf_counter()

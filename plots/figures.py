@@ -1,6 +1,6 @@
 """Every figure of the README, drawn from results.json and logs.json alone.
 
-    python evaluate.py                    # measures, then draws
+python evaluate.py                    # measures, then draws
 """
 
 import os
@@ -48,7 +48,7 @@ def save(figure, folder, name):
 
 
 def draw_histogram(axes, metrics, label, colour, preferred_terms, most_terms):
-    """Shares of answers by term count: right sums in full colour, wrong ones pale, the rest grey."""
+    """Shares of answers by term count: right sums in full colour, wrong ones pale, others grey."""
     ks = [k for k in range(1, most_terms + 1)]
     shares = [100 * metrics["counts"].get(str(k), 0) for k in ks]
     right = [100 * metrics["exact_counts"].get(str(k), 0) for k in ks]
@@ -119,7 +119,12 @@ def draw_dpo_curves(logs, names, folder):
             label, colour = label_and_colour(name, names)
             records = [record for record in log if key in record]
             values = [record[key] for record in records]
-            axes.plot([record["step"] for record in records], values if "own" in key else smooth(values), color=colour, label=label)
+            axes.plot(
+                [record["step"] for record in records],
+                values if "own" in key else smooth(values),
+                color=colour,
+                label=label,
+            )
         axes.set_title(text)
         if key in ("rewards/accuracies", "own/preferred", "own/exact"):
             axes.set_ylim(0, 1.05)
@@ -134,7 +139,10 @@ MASS = {  # kind of answer: its share of the policy's own samples, and a colour
     "3 terms, wrong": (lambda own: own["own/preferred"] - own["own/preferred_exact"], "#A6DBC8"),
     "other count, right": (lambda own: own["own/exact"] - own["own/preferred_exact"], "#0072B2"),
     "other count, wrong": (
-        lambda own: own["own/parsed"] - own["own/exact"] - own["own/preferred"] + own["own/preferred_exact"], "#D55E00",
+        lambda own: (
+            own["own/parsed"] - own["own/exact"] - own["own/preferred"] + own["own/preferred_exact"]
+        ),
+        "#D55E00",
     ),
     "no equation": (lambda own: 1 - own["own/parsed"], "#888888"),
 }
@@ -143,7 +151,13 @@ MASS = {  # kind of answer: its share of the policy's own samples, and a colour
 def draw_mass(logs, names, task, folder):
     """Where the probability goes: what pairs show above, what the policy really answers below."""
     figure, grid = plt.subplots(
-        2, len(logs), figsize=(4.9 * len(logs), 6), height_ratios=(1, 1.7), sharex="col", sharey="row", squeeze=False
+        2,
+        len(logs),
+        figsize=(4.9 * len(logs), 6),
+        height_ratios=(1, 1.7),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
     )
     for (top, bottom), (name, log) in zip(grid.T, logs.items()):
         label, colour = label_and_colour(name, names)
@@ -153,14 +167,24 @@ def draw_mass(logs, names, task, folder):
         top.set_ylim(0, 1.05)
         top.set_title(label)
         margins = top.twinx()
-        margins.plot(steps, smooth([record["rewards/margins"] for record in pairs]), color=colour, linestyle="--")
+        margins.plot(
+            steps,
+            smooth([record["rewards/margins"] for record in pairs]),
+            color=colour,
+            linestyle="--",
+        )
         margins.spines["right"].set_visible(True)
         margins.grid(False)
         margins.set_ylabel("reward margin (dashed)", color=colour)
         own = [record for record in log if "own/kl" in record]
         shares = [[share(record) for record in own] for share, _ in MASS.values()]
         kinds = [kind.replace("3", str(task["preferred_terms"])) for kind in MASS]
-        bottom.stackplot([record["step"] for record in own], shares, labels=kinds, colors=[c for _, c in MASS.values()])
+        bottom.stackplot(
+            [record["step"] for record in own],
+            shares,
+            labels=kinds,
+            colors=[c for _, c in MASS.values()],
+        )
         bottom.set_ylim(0, 1)
         bottom.margins(x=0)
         bottom.set_xlabel("step")
@@ -174,7 +198,10 @@ def draw_mass(logs, names, task, folder):
 def smooth(values, window=9):
     """Running mean over the `window` values around each; fewer at the ends."""
     half = window // 2
-    return [sum(near) / len(near) for near in (values[max(0, i - half) : i + half + 1] for i in range(len(values)))]
+    return [
+        sum(near) / len(near)
+        for near in (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    ]
 
 
 def draw_tokens(tokens, names, folder):
@@ -185,13 +212,28 @@ def draw_tokens(tokens, names, folder):
     limit = max(abs(x) for string in strings for name in models for x in string["nats"][name])
     figure, row = plt.subplots(1, len(models), figsize=(5.2 * len(models), 3.6), squeeze=False)
     for axes, name in zip(row[0], models):
-        grid = [string["nats"][name] + [float("nan")] * (longest - len(string["nats"][name])) for string in strings]
+        grid = [
+            string["nats"][name] + [float("nan")] * (longest - len(string["nats"][name]))
+            for string in strings
+        ]
         image = axes.imshow(grid, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
         for y, string in enumerate(strings):
-            for x, (character, nats) in enumerate(zip([*string["text"], "end"], string["nats"][name])):
+            for x, (character, nats) in enumerate(
+                zip([*string["text"], "end"], string["nats"][name])
+            ):
                 colour = "white" if abs(nats) > 0.6 * limit else "black"
-                axes.text(x, y, f"{character}\n{nats:.1f}", ha="center", va="center", fontsize=7.5, color=colour)
-        axes.set_yticks(range(len(strings)), [f"{string['side']}  {string['prompt']}" for string in strings])
+                axes.text(
+                    x,
+                    y,
+                    f"{character}\n{nats:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color=colour,
+                )
+        axes.set_yticks(
+            range(len(strings)), [f"{string['side']}  {string['prompt']}" for string in strings]
+        )
         axes.tick_params(left=False, labelleft=axes is row[0, 0])
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
@@ -204,15 +246,33 @@ def draw_tokens(tokens, names, folder):
 def draw_frontier(results, logs, folder):
     """KL from the reference against the preferred share, along online runs of different beta."""
     task, ideal = results["task"], results["oracle"]["kl"]
-    runs = sorted((result["beta"], name) for name, result in results["models"].items()
-                  if result.get("pairs") == "online" and logs.get(name))
+    runs = sorted(
+        (result["beta"], name)
+        for name, result in results["models"].items()
+        if result.get("pairs") == "online" and logs.get(name)
+    )
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     for i, (beta, name) in enumerate(runs):
         own = [record for record in logs[name] if "own/kl" in record]
-        kls, shares = (smooth([record[key] for record in own], window=5) for key in ("own/kl", "own/preferred"))
-        axes.plot(kls, [100 * share for share in shares], color=plt.cm.viridis(0.85 * i / max(1, len(runs) - 1)),
-                  marker=".", label=f"β = {beta:g}")
-    axes.plot(ideal, 100, marker="*", markersize=16, color="#D55E00", linestyle="none", label="oracle: least KL")
+        kls, shares = (
+            smooth([record[key] for record in own], window=5) for key in ("own/kl", "own/preferred")
+        )
+        axes.plot(
+            kls,
+            [100 * share for share in shares],
+            color=plt.cm.viridis(0.85 * i / max(1, len(runs) - 1)),
+            marker=".",
+            label=f"β = {beta:g}",
+        )
+    axes.plot(
+        ideal,
+        100,
+        marker="*",
+        markersize=16,
+        color="#D55E00",
+        linestyle="none",
+        label="oracle: least KL",
+    )
     axes.set_xlabel("KL from the SFT model (nats)")
     axes.set_ylabel(f"own answers with {task['preferred_terms']} terms (%)")
     axes.legend(loc="lower right")
@@ -223,13 +283,26 @@ def draw_oracle(results, folder):
     """The first term of preferred answers: what the oracle writes, and what DPO does."""
     bin_width = max(1, results["task"]["max_sum"] // 20)
     curves = [("oracle", "black", results["oracle"]["first_terms"])]
-    curves += [(*MODELS[name], results["models"][name].get("first_terms")) for name in MODELS if name in results["models"]]
+    curves += [
+        (*MODELS[name], results["models"][name].get("first_terms"))
+        for name in MODELS
+        if name in results["models"]
+    ]
     figure, axes = plt.subplots(figsize=(7, 3.6))
     for label, colour, shares in curves:
         if shares:
             bins = [100 * sum(shares[i : i + bin_width]) for i in range(1, len(shares), bin_width)]
-            axes.stairs(bins, [1 + bin_width * i for i in range(len(bins) + 1)], color=colour, linewidth=2, label=label)
-    axes.set_xlabel(f"first term of a right answer of {results['task']['preferred_terms']} terms (bins of {bin_width})")
+            axes.stairs(
+                bins,
+                [1 + bin_width * i for i in range(len(bins) + 1)],
+                color=colour,
+                linewidth=2,
+                label=label,
+            )
+    axes.set_xlabel(
+        f"first term of a right answer of {results['task']['preferred_terms']} terms "
+        f"(bins of {bin_width})"
+    )
     axes.set_ylabel("share (%), all sums weighing alike")
     axes.legend()
     save(figure, folder, "oracle")

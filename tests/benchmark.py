@@ -2,8 +2,8 @@
 
     make bench                         # a table, plots/benchmark.json and plots/benchmark.png
 
-Times the real scripts, each in processes of its own, several times over; quotes medians. Rates leave
-out the start of a run. Compare ratios of one run, not figures of two: a shared machine drifts.
+Times the real scripts, each in processes of its own, several times over; quotes medians. Rates
+leave out the start of a run. Compare ratios of one run, not figures of two: a shared machine drifts.
 """
 
 import json
@@ -37,12 +37,19 @@ CORES = os.cpu_count()
 def run(script, *flags, processes=1, threads=CORES):
     """Runs a script in a folder of its own: the records of its log and its peak memory in MiB."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / script, *map(str, flags)]
+    command = [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        ROOT / script,
+        *map(str, flags),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.pt"
         process = subprocess.Popen(
-            [*command, "--out", out], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            [*command, "--out", out],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         errors = process.stderr.read().decode()
         _, status, usage = os.wait4(process.pid, 0)
@@ -53,7 +60,7 @@ def run(script, *flags, processes=1, threads=CORES):
 
 
 def rate(script, unit, *flags, **launch):
-    """Median over several runs of the median rate within a run, in `unit` per second, and the memory."""
+    """`unit` per second, the median over runs of the median within a run, and peak memory."""
     rates, memory = [], 0
     for _ in range(REPEATS):
         log, peak = run(script, *flags, **launch)
@@ -83,14 +90,19 @@ def flops_per_position(model):
 
 
 def positions_of(texts):
-    """Mean positions a text takes in training: all of its characters, the last of which predicts the end."""
+    """Mean positions a text takes in training: its characters; the last predicts the end."""
     return statistics.mean(map(len, texts))
 
 
 def measure():
     rng, sums = np.random.default_rng(0), np.array(seen_sums())
-    results = {"cores": CORES, "machine": platform.machine(), "python": platform.python_version(),
-               "torch": torch.__version__, "repeats": REPEATS}
+    results = {
+        "cores": CORES,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "repeats": REPEATS,
+    }
     torch.set_num_threads(CORES)
 
     # ---- the machine
@@ -98,8 +110,10 @@ def measure():
     width, rows = model.config.width, 800
     results["matrix products (GFLOP/s)"] = {
         "2048 x 2048 x 2048": matrix_rate(2048, 2048, 2048),
-        **{f"{rows} x {k} x {n}": matrix_rate(rows, k, n)
-           for k, n in ((width, width), (width, 3 * width), (width, 4 * width), (4 * width, width))},
+        **{
+            f"{rows} x {k} x {n}": matrix_rate(rows, k, n)
+            for k, n in ((width, width), (width, 3 * width), (width, 4 * width), (4 * width, width))
+        },
     }
     peak = results["matrix products (GFLOP/s)"]["2048 x 2048 x 2048"]
 
@@ -107,31 +121,62 @@ def measure():
     equation = positions_of([p + c for p, c in random_equations(rng, 10_000, sums)])
     equations, memory = rate("train_sft.py", "equations", "--steps", 600)
     results["SFT"] = {
-        "equations/s": equations, "tokens/s": equations * equation, "peak memory (MiB)": memory,
+        "equations/s": equations,
+        "tokens/s": equations * equation,
+        "peak memory (MiB)": memory,
         "share of matrix rate": 3e-9 * flops_per_position(model) * equation * equations / peak,
     }
 
     # ---- DPO, on a model of 4 blocks of width 64 and on the default one
-    pair = positions_of([p + text for p, *both in random_pairs(rng, 10_000, sums, 3) for text in both]) * 2
+    pair = (
+        positions_of([p + text for p, *both in random_pairs(rng, 10_000, sums, 3) for text in both])
+        * 2
+    )
     results["DPO, batch 128"] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in (("4 x 64", ["--depth", 4, "--width", 64]), ("default", [])):
             sft = Path(folder) / "sft.pt"
-            # An untrained model rejects all it samples: every prompt gives a pair, of the longest kind.
-            subprocess.run([sys.executable, ROOT / "train_sft.py", "--steps", "300", *map(str, shape), "--out", sft],
-                           check=True, capture_output=True)
+            # A model so briefly trained gives next to no preferred answer: all prompts give pairs.
+            subprocess.run(
+                [
+                    sys.executable,
+                    ROOT / "train_sft.py",
+                    "--steps",
+                    "300",
+                    *map(str, shape),
+                    "--out",
+                    sft,
+                ],
+                check=True,
+                capture_output=True,
+            )
             shaped = GPT(GPTConfig(4, 64)) if shape else model
             for pairs in ("offline", "online"):
-                pairs_rate, memory = rate("train_dpo.py", "pairs", "--sft", sft, "--pairs", pairs,
-                                          "--steps", 120, "--batch-size", 128)
-                results["DPO, batch 128"][f"{name}, {pairs}"] = {"pairs/s": pairs_rate, "peak memory (MiB)": memory}
+                pairs_rate, memory = rate(
+                    "train_dpo.py",
+                    "pairs",
+                    "--sft",
+                    sft,
+                    "--pairs",
+                    pairs,
+                    "--steps",
+                    120,
+                    "--batch-size",
+                    128,
+                )
+                results["DPO, batch 128"][f"{name}, {pairs}"] = {
+                    "pairs/s": pairs_rate,
+                    "peak memory (MiB)": memory,
+                }
                 if pairs == "offline":  # three passes of the policy and one of the reference
                     results["DPO, batch 128"][f"{name}, {pairs}"]["share of matrix rate"] = (
                         4e-9 * flops_per_position(shaped) * pair * pairs_rate / peak
                     )
 
             # ---- generation
-            model_of_steps = torch.load(sft, weights_only=True)  # the default shape, briefly trained
+            model_of_steps = torch.load(
+                sft, weights_only=True
+            )  # the default shape, briefly trained
             model.load_state_dict(model_of_steps["model"])
     times, prompts = [], [f"{n}=" for n in range(5, 101)] * 100
     for _ in range(REPEATS):
@@ -139,20 +184,34 @@ def measure():
         _, completion_mask = generate(model, prompts)
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times)
-    results["generation"] = {"answers": len(prompts), "seconds": seconds,
-                             "tokens/s": completion_mask.sum().item() / seconds}
+    results["generation"] = {
+        "answers": len(prompts),
+        "seconds": seconds,
+        "tokens/s": completion_mask.sum().item() / seconds,
+    }
 
     # ---- scaling and cost: SFT equations/s
     results["SFT equations/s, by processes and batch size"] = {
-        f"{processes} x {threads} threads, batch {batch}":
-            rate("train_sft.py", "equations", "--steps", 600, "--batch-size", batch, processes=processes, threads=threads)[0]
-        for batch in (64, 128, 256) for processes, threads in ((1, 1), (1, CORES), (2, max(1, CORES // 2)))
+        f"{processes} x {threads} threads, batch {batch}": rate(
+            "train_sft.py",
+            "equations",
+            "--steps",
+            600,
+            "--batch-size",
+            batch,
+            processes=processes,
+            threads=threads,
+        )[0]
+        for batch in (64, 128, 256)
+        for processes, threads in ((1, 1), (1, CORES), (2, max(1, CORES // 2)))
     }
     results["SFT equations/s, by --max-sum"] = {
-        max_sum: rate("train_sft.py", "equations", "--steps", 600, "--max-sum", max_sum)[0] for max_sum in (100, 999)
+        max_sum: rate("train_sft.py", "equations", "--steps", 600, "--max-sum", max_sum)[0]
+        for max_sum in (100, 999)
     }
     results["SFT equations/s, by --depth"] = {
-        depth: rate("train_sft.py", "equations", "--steps", 600, "--depth", depth)[0] for depth in (4, 6, 8)
+        depth: rate("train_sft.py", "equations", "--steps", 600, "--depth", depth)[0]
+        for depth in (4, 6, 8)
     }
     return results
 
@@ -163,7 +222,13 @@ def print_table(results, indent=""):
             print(f"{indent}{name}")
             print_table(value, indent + "    ")
         else:
-            shown = value if not isinstance(value, float) else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+            shown = (
+                value
+                if not isinstance(value, float)
+                else f"{value:,.2f}"
+                if value < 100
+                else f"{value:,.0f}"
+            )
             print(f"{indent}{name:<{44 - len(indent)}}{shown:>14}")
 
 

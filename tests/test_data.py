@@ -30,20 +30,44 @@ def test_encode_names_the_character_it_lacks(text):
         data.encode(text)
 
 
-@pytest.mark.parametrize("text, parsed", [
-    ("43=10+30+3", (43, [10, 30, 3])),
-    ("9=9", (9, [9])),
-    ("9=3+3+4", (9, [3, 3, 4])),
-    ("5=1+1+1+1+1+1", (5, [1] * 6)),
-])
+@pytest.mark.parametrize(
+    "text, parsed",
+    [
+        ("43=10+30+3", (43, [10, 30, 3])),
+        ("9=9", (9, [9])),
+        ("9=3+3+4", (9, [3, 3, 4])),
+        ("5=1+1+1+1+1+1", (5, [1] * 6)),
+    ],
+)
 def test_parse_accepts(text, parsed):
     assert data.parse(text) == parsed
 
 
-@pytest.mark.parametrize("text", [
-    "", "9", "9=", "=4+5", "9=+", "9=4+", "9=+4", "9=4++5", "9=4+5=9", "9=4+05", "9=0+9", "09=4+5",
-    "9=4+5\n", " 9=4+5", "9=4-5", "9=(4)+5", "9=4+5;1", "9=4+٥", "9=4.0+5", "9=1e1",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "9",
+        "9=",
+        "=4+5",
+        "9=+",
+        "9=4+",
+        "9=+4",
+        "9=4++5",
+        "9=4+5=9",
+        "9=4+05",
+        "9=0+9",
+        "09=4+5",
+        "9=4+5\n",
+        " 9=4+5",
+        "9=4-5",
+        "9=(4)+5",
+        "9=4+5;1",
+        "9=4+٥",
+        "9=4.0+5",
+        "9=1e1",
+    ],
+)
 def test_parse_rejects(text):
     assert data.parse(text) is None
 
@@ -67,9 +91,9 @@ def test_sums_and_term_counts_are_uniform():
     assert chi_square(sums, {s: n / 86 for s in data.seen_sums()}) < 131.0  # 85 dof, p = 0.001
 
 
-@pytest.mark.parametrize("total, k, bound", [
-    (5, 5, 0.001), (12, 2, 29.6), (9, 3, 55.5), (9, 5, 111.1), (11, 4, 172.4),
-])
+@pytest.mark.parametrize(
+    "total, k, bound", [(5, 5, 0.001), (12, 2, 29.6), (9, 3, 55.5), (9, 5, 111.1), (11, 4, 172.4)]
+)
 def test_compositions_are_uniform(total, k, bound):
     """Against every composition, listed from its cut points; bound: chi-square at p = 0.001."""
     every = set()
@@ -92,9 +116,9 @@ def test_entropy_floor_is_the_mean_surprise_of_an_equation():
     every = [math.comb(n - 1, k - 1) for k in data.TERM_COUNTS]
     entropy = -sum(number * (1 / 4 / number) * math.log(1 / 4 / number) for number in every)
     assert data.entropy_floor([n]) == pytest.approx(entropy)
-    assert sum(number * math.exp(-data.equation_nats(n, k)) for number, k in zip(every, data.TERM_COUNTS)) == (
-        pytest.approx(1.0)
-    )
+    assert sum(
+        number * math.exp(-data.equation_nats(n, k)) for number, k in zip(every, data.TERM_COUNTS)
+    ) == (pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("max_sum", [20, 100, 999])
@@ -110,9 +134,11 @@ def test_held_out_sums_are_spread_and_never_drawn(max_sum):
 def test_longest_equation_is_reached_and_never_passed(max_sum):
     widest = 0
     for k in data.TERM_COUNTS:
-        completions = data.compositions(np.random.default_rng(3), np.full(20_000, max_sum), np.full(20_000, k))
+        completions = data.compositions(
+            np.random.default_rng(3), np.full(20_000, max_sum), np.full(20_000, k)
+        )
         widest = max(widest, max(map(len, completions)))
-    # All five terms of 104 are wide only in 20+20+20+20+24 and the like: "100" can't stand beside 4 more.
+    # 104 may have room for five terms of three digits, but no composition of it has them.
     assert len(f"{max_sum}=") + widest + 1 <= data.longest_equation(max_sum)
     if max_sum in (100, 999):
         assert len(f"{max_sum}=") + widest + 1 == data.longest_equation(max_sum)
@@ -121,7 +147,9 @@ def test_longest_equation_is_reached_and_never_passed(max_sum):
 @pytest.mark.parametrize("preferred", data.TERM_COUNTS)
 def test_pairs_differ_in_form_alone(preferred):
     rejected_counts = Counter()
-    for prompt, chosen, rejected in data.random_pairs(np.random.default_rng(4), 500, data.seen_sums(), preferred):
+    for prompt, chosen, rejected in data.random_pairs(
+        np.random.default_rng(4), 500, data.seen_sums(), preferred
+    ):
         total, chosen_terms = data.parse(prompt + chosen)
         _, rejected_terms = data.parse(prompt + rejected)
         assert sum(chosen_terms) == sum(rejected_terms) == total
@@ -134,7 +162,10 @@ def test_collate_pads_right_and_masks_completions_by_position():
     tokens, mask = data.collate([("9=", "4+5"), ("10=", "0")])
     END, PAD = data.END, data.PAD
     assert tokens.tolist() == [[9, 11, 4, 10, 5, END], [1, 0, 11, 0, END, PAD]]
-    assert mask.tolist() == [[False, False, True, True, True, True], [False] * 3 + [True, True, False]]
+    assert mask.tolist() == [
+        [False, False, True, True, True, True],
+        [False] * 3 + [True, True, False],
+    ]
     assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
 
 
@@ -150,16 +181,19 @@ def test_pairs_file_round_trip(tmp_path):
 GOOD = '{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}'
 
 
-@pytest.mark.parametrize("line, complaint", [
-    ("{", "not JSON"),
-    ("[1, 2]", "exactly the keys"),
-    ('{"prompt": "9=", "chosen": "3+3+3"}', "exactly the keys"),
-    (GOOD.replace("3+3+3", "3+x+3"), "chosen: 'x' is not one of the characters"),
-    (GOOD.replace('"4+5"', "45"), "rejected must be a string"),
-    (GOOD.replace("9=", "9"), "prompt must be a sum and an equals sign"),
-    (GOOD.replace("4+5", "1+" * 20), "the model has room for 19"),
-    ("", "not JSON"),
-])
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("{", "not JSON"),
+        ("[1, 2]", "exactly the keys"),
+        ('{"prompt": "9=", "chosen": "3+3+3"}', "exactly the keys"),
+        (GOOD.replace("3+3+3", "3+x+3"), "chosen: 'x' is not one of the characters"),
+        (GOOD.replace('"4+5"', "45"), "rejected must be a string"),
+        (GOOD.replace("9=", "9"), "prompt must be a sum and an equals sign"),
+        (GOOD.replace("4+5", "1+" * 20), "the model has room for 19"),
+        ("", "not JSON"),
+    ],
+)
 def test_bad_pairs_are_named_by_file_and_line(tmp_path, line, complaint):
     path = tmp_path / "pairs.jsonl"
     path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")

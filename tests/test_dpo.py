@@ -9,7 +9,14 @@ import torch
 from data import InputError, decode, is_preferred
 from model import GPT, GPTConfig, completion_logps
 from train_dpo import (
-    diagnosis, dpo_loss, given_pairs, online_pairs, paired, reference_pairs, shuffled_forever, stack,
+    diagnosis,
+    dpo_loss,
+    given_pairs,
+    online_pairs,
+    paired,
+    reference_pairs,
+    shuffled_forever,
+    stack,
 )
 
 # Log-probs of three pairs, so that z = log-ratio of chosen minus that of rejected is 2, -2 and 0:
@@ -19,14 +26,20 @@ REF_CHOSEN, REF_REJECTED = [-13.0, -19.0, -5.0], [-14.0, -19.0, -5.0]
 
 
 def four(dtype=torch.float64):
-    return [torch.tensor(x, dtype=dtype) for x in (POLICY_CHOSEN, POLICY_REJECTED, REF_CHOSEN, REF_REJECTED)]
+    return [
+        torch.tensor(x, dtype=dtype)
+        for x in (POLICY_CHOSEN, POLICY_REJECTED, REF_CHOSEN, REF_REJECTED)
+    ]
 
 
-@pytest.mark.parametrize("beta, expected", [
-    # -log sigmoid(0.8 * 2) = log(1 + exp(-1.6)) = 0.18390074; at z = -2 it is 1.6 more; at 0 log 2
-    (0.8, [0.18390074, 1.78390074, 0.69314718]),
-    (0.1, [0.59813887, 0.79813887, 0.69314718]),
-])
+@pytest.mark.parametrize(
+    "beta, expected",
+    [
+        # -log sigmoid(0.8 * 2) = log(1 + exp(-1.6)) = 0.18390074; 1.6 more at z = -2; log 2 at 0
+        (0.8, [0.18390074, 1.78390074, 0.69314718]),
+        (0.1, [0.59813887, 0.79813887, 0.69314718]),
+    ],
+)
 def test_sigmoid_loss_golden_numbers(beta, expected):
     losses, chosen_rewards, rejected_rewards = dpo_loss(*four(), beta)
     assert losses.tolist() == pytest.approx(expected, abs=1e-8)
@@ -34,20 +47,28 @@ def test_sigmoid_loss_golden_numbers(beta, expected):
     assert rejected_rewards.tolist() == pytest.approx([-beta, beta, 0])
 
 
-@pytest.mark.parametrize("beta, expected", [
-    # 0.9 of the loss above and 0.1 of it with z turned round, which is 1.6 (or 0.2) more or less
-    (0.8, [0.34390074, 1.62390074, 0.69314718]),
-    (0.1, [0.61813887, 0.77813887, 0.69314718]),
-])
+@pytest.mark.parametrize(
+    "beta, expected",
+    [
+        # 0.9 of the loss above and 0.1 of it with z turned round, 1.6 (or 0.2) more or less
+        (0.8, [0.34390074, 1.62390074, 0.69314718]),
+        (0.1, [0.61813887, 0.77813887, 0.69314718]),
+    ],
+)
 def test_label_smoothing_golden_numbers(beta, expected):
-    assert dpo_loss(*four(), beta, label_smoothing=0.1)[0].tolist() == pytest.approx(expected, abs=1e-8)
+    assert dpo_loss(*four(), beta, label_smoothing=0.1)[0].tolist() == pytest.approx(
+        expected, abs=1e-8
+    )
 
 
-@pytest.mark.parametrize("beta, expected", [
-    # (z - 1 / 1.6)^2 = (2 - 0.625)^2 = 1.890625; with beta 0.1 the target is 5
-    (0.8, [1.890625, 6.890625, 0.390625]),
-    (0.1, [9.0, 49.0, 25.0]),
-])
+@pytest.mark.parametrize(
+    "beta, expected",
+    [
+        # (z - 1 / 1.6)^2 = (2 - 0.625)^2 = 1.890625; with beta 0.1 the target is 5
+        (0.8, [1.890625, 6.890625, 0.390625]),
+        (0.1, [9.0, 49.0, 25.0]),
+    ],
+)
 def test_ipo_golden_numbers(beta, expected):
     losses, chosen_rewards, _ = dpo_loss(*four(), beta, loss="ipo")
     assert losses.tolist() == pytest.approx(expected, abs=1e-8)
@@ -93,7 +114,12 @@ def test_stacked_pairs_have_the_logps_of_each_side_alone():
     together = completion_logps(model, tokens, completion_mask)
     alone = torch.cat([completion_logps(model, *chosen), completion_logps(model, *rejected)])
     assert torch.allclose(together, alone, atol=1e-5)
-    assert [decode(row) for row in tokens.tolist()] == ["9=3+3+3", "100=10+20+70", "9=4+5", "100=20+20+20+20+20"]
+    assert [decode(row) for row in tokens.tolist()] == [
+        "9=3+3+3",
+        "100=10+20+70",
+        "9=4+5",
+        "100=20+20+20+20+20",
+    ]
 
 
 def test_preferred_means_right_and_of_the_preferred_count():
@@ -103,11 +129,13 @@ def test_preferred_means_right_and_of_the_preferred_count():
 
 
 def test_online_pairs_reject_the_policys_own_answers():
-    """An untrained model prefers nothing: each of its answers comes back, and with it a right one."""
+    """An untrained model prefers nothing: each of its answers comes back, beside a right one."""
     model, sums = random_model(), np.array([9, 100, 43])
     generator = torch.Generator().manual_seed(0)
     failing = np.full(3, 0.5)
-    chosen, rejected = online_pairs(model, np.random.default_rng(0), generator, sums, failing, 50, 3)
+    chosen, rejected = online_pairs(
+        model, np.random.default_rng(0), generator, sums, failing, 50, 3
+    )
     assert (failing > 0.5).all()
     assert len(chosen[0]) == len(rejected[0]) == 50
     for good, bad in zip(chosen[0].tolist(), rejected[0].tolist()):
@@ -116,13 +144,15 @@ def test_online_pairs_reject_the_policys_own_answers():
 
 
 def test_a_step_without_pairs_is_a_step_with_zero_gradient():
-    """When the policy makes no mistake there is no pair, and a batch of none must still go through."""
+    """Without a mistake there is no pair, and a batch of none must still go through."""
     model = random_model()
     tokens, completion_mask = stack(given_pairs([])[0], given_pairs([])[1], torch.device("cpu"))
     logps = completion_logps(model, tokens, completion_mask)
     loss = dpo_loss(logps, logps, logps, logps, 0.8)[0].sum() / 8
     loss.backward()
-    assert loss.item() == 0 and all(p.grad is None or p.grad.count_nonzero() == 0 for p in model.parameters())
+    assert loss.item() == 0 and all(
+        p.grad is None or p.grad.count_nonzero() == 0 for p in model.parameters()
+    )
 
 
 def test_pairs_of_a_file_come_once_a_round():
@@ -137,12 +167,20 @@ def test_answers_are_paired_preferred_above_the_rest_each_used_once():
     assert paired(answers, 3) == [("9=", "3+3+3", "4+5"), ("9=", "1+2+6", "3+3+4")]
     assert paired(["9=4+5"], 3) == []
     with pytest.raises(InputError, match="no preferred answer"):
-        reference_pairs(random_model(), np.random.default_rng(0), torch.Generator(), np.array([9]), 3)
+        reference_pairs(
+            random_model(), np.random.default_rng(0), torch.Generator(), np.array([9]), 3
+        )
 
 
 def record(step, margin, accuracy, preferred, exact, kl):
-    return {"step": step, "rewards/margins": margin, "rewards/accuracies": accuracy,
-            "own/preferred": preferred, "own/exact": exact, "own/kl": kl}
+    return {
+        "step": step,
+        "rewards/margins": margin,
+        "rewards/accuracies": accuracy,
+        "own/preferred": preferred,
+        "own/exact": exact,
+        "own/kl": kl,
+    }
 
 
 def test_diagnosis_names_the_outcome_and_the_cure():
@@ -150,6 +188,8 @@ def test_diagnosis_names_the_outcome_and_the_cure():
     broken = diagnosis([start, record(9, 12.0, 1.0, 0.44, 0.31, 10.0)], "offline")
     assert "margin 12.0, pair accuracy 1.00" in broken and "0.97 -> 0.31" in broken
     assert "try --pairs online" in broken and "\n" not in broken
-    assert "try a lower --lr" in diagnosis([start, record(9, 12.0, 1.0, 0.44, 0.31, 10.0)], "online")
+    assert "try a lower --lr" in diagnosis(
+        [start, record(9, 12.0, 1.0, 0.44, 0.31, 10.0)], "online"
+    )
     assert "not learned yet" in diagnosis([start, record(9, 0.1, 0.6, 0.5, 0.97, 0.5)], "online")
     assert "is learned" in diagnosis([start, record(9, -1.0, 0.3, 0.98, 0.99, 1.6)], "online")

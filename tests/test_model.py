@@ -1,4 +1,4 @@
-"""The Transformer's invariants, its log-probs against a plain loop, and what a checkpoint refuses."""
+"""The Transformer's invariants, its log-probs against a plain loop, and its checkpoints."""
 
 import math
 
@@ -8,10 +8,23 @@ import torch
 import data
 from data import END, InputError, collate, decode
 from model import (
-    GPT, GPTConfig, completion_logps, find_device, generate, load_checkpoint, save_checkpoint, token_logps,
+    GPT,
+    GPTConfig,
+    completion_logps,
+    find_device,
+    generate,
+    load_checkpoint,
+    save_checkpoint,
+    token_logps,
 )
 
-EXAMPLES = [("100=", "50+50"), ("43=", "10+30+3"), ("9=", "3+3+3"), ("10=", "0"), ("87=", "1+2+3+4+77")]
+EXAMPLES = [
+    ("100=", "50+50"),
+    ("43=", "10+30+3"),
+    ("9=", "3+3+3"),
+    ("10=", "0"),
+    ("87=", "1+2+3+4+77"),
+]
 
 
 @pytest.fixture
@@ -50,7 +63,7 @@ def test_logps_equal_a_plain_loop_whatever_the_padding(model):
 
 
 def test_token_id_zero_counts(model):
-    """A digit 0 in the completion has a log-prob like any other token: masks never read token ids."""
+    """A digit 0 in a completion has a log-prob like any other: masks never read token ids."""
     assert data.encode("0") == [0]
     per_token = token_logps(model, *collate([("10=", "0")]))
     assert torch.count_nonzero(per_token) == 2  # the 0 and the end token
@@ -87,7 +100,7 @@ def test_cached_greedy_generation_equals_full_forward_passes_one_by_one(model):
 
 
 def test_sampling_follows_the_models_probabilities(model):
-    """The share of each first token of 4,000 samples against its probability (5 standard errors)."""
+    """Shares of the first tokens of 4,000 samples against their probabilities (5 std. errors)."""
     n = 4000
     tokens, mask = generate(model, ["9="] * n, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -108,7 +121,9 @@ def test_checkpoint_round_trip(model, tmp_path):
     loaded, args = load_checkpoint(path)
     assert args == {"seed": 3, "lr": 0.1} and loaded.config == model.config
     tokens, mask = collate(EXAMPLES)
-    assert torch.equal(completion_logps(loaded, tokens, mask), completion_logps(model, tokens, mask))
+    assert torch.equal(
+        completion_logps(loaded, tokens, mask), completion_logps(model, tokens, mask)
+    )
     assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
 
 
@@ -120,7 +135,11 @@ def test_bad_checkpoints_get_one_clear_line(model, tmp_path):
     truncated, text = tmp_path / "truncated.pt", tmp_path / "text.pt"
     truncated.write_bytes(good.read_bytes()[:3000])
     text.write_text("not a checkpoint")
-    cases = [(tmp_path / "none.pt", "there is no"), (truncated, "cut short"), (text, "not a checkpoint")]
+    cases = [
+        (tmp_path / "none.pt", "there is no"),
+        (truncated, "cut short"),
+        (text, "not a checkpoint"),
+    ]
     foreign = {
         "list": [1, 2],
         "no-model": {"config": checkpoint["config"], "args": {}},

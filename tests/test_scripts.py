@@ -40,7 +40,17 @@ def folder(tmp_path_factory):
     try:
         run(train_sft, *TINY, "--steps", 60)
         run(train_dpo, "--steps", 4, "--batch-size", 16)
-        run(train_dpo, "--steps", 4, "--batch-size", 16, "--pairs", "offline", "--out", "runs/dpo_offline.pt")
+        run(
+            train_dpo,
+            "--steps",
+            4,
+            "--batch-size",
+            16,
+            "--pairs",
+            "offline",
+            "--out",
+            "runs/dpo_offline.pt",
+        )
         run(evaluate, "--samples", 2)
         yield folder
     finally:
@@ -49,20 +59,35 @@ def folder(tmp_path_factory):
 
 def test_the_pipeline_leaves_checkpoints_logs_results_and_figures(folder):
     runs = {path.name for path in (folder / "runs").iterdir()}
-    assert runs == {f"{name}.{end}" for name in ("sft", "dpo", "dpo_offline") for end in ("pt", "jsonl")}
+    assert runs == {
+        f"{name}.{end}" for name in ("sft", "dpo", "dpo_offline") for end in ("pt", "jsonl")
+    }
     plots = {path.name for path in (folder / "plots").iterdir()}
-    assert {"results.json", "sft_dist.png", "dpo_dist.png", "dist.png", "sft_loss.png", "dpo_curves.png"} <= plots
+    assert {
+        "results.json",
+        "sft_dist.png",
+        "dpo_dist.png",
+        "dist.png",
+        "sft_loss.png",
+        "dpo_curves.png",
+    } <= plots
 
-    sft_log = [json.loads(line) for line in (folder / "runs" / "sft.jsonl").read_text().splitlines()]
+    sft_log = [
+        json.loads(line) for line in (folder / "runs" / "sft.jsonl").read_text().splitlines()
+    ]
     assert sft_log[-1]["gap"] < sft_log[0]["gap"] and sft_log[-1]["equations"] == 60 * 32
-    dpo_log = [json.loads(line) for line in (folder / "runs" / "dpo.jsonl").read_text().splitlines()]
+    dpo_log = [
+        json.loads(line) for line in (folder / "runs" / "dpo.jsonl").read_text().splitlines()
+    ]
     assert [record["step"] for record in dpo_log] == [0, 1, 2, 3, 4]
     assert dpo_log[0]["own/kl"] == 0 and dpo_log[4]["own/kl"] != 0
     # At the first step policy and reference agree: no reward, and a loss of log 2.
     assert dpo_log[1]["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert dpo_log[1]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
     for r in dpo_log[1:]:
-        assert r["rewards/margins"] == pytest.approx(r["rewards/chosen"] - r["rewards/rejected"], abs=1e-5)
+        assert r["rewards/margins"] == pytest.approx(
+            r["rewards/chosen"] - r["rewards/rejected"], abs=1e-5
+        )
 
 
 def test_results_are_consistent(folder):
@@ -73,7 +98,9 @@ def test_results_are_consistent(folder):
         for decoding, per_sum in (("greedy", 1), ("sampled", 2)):
             splits = result[decoding]
             assert {split: metrics["n"] for split, metrics in splits.items()} == {
-                "all": 96 * per_sum, "seen": 86 * per_sum, "held_out": 10 * per_sum,
+                "all": 96 * per_sum,
+                "seen": 86 * per_sum,
+                "held_out": 10 * per_sum,
             }
             for metrics in splits.values():
                 assert sum(metrics["counts"].values()) == pytest.approx(metrics["parse_rate"])
@@ -93,8 +120,21 @@ def test_replot_needs_nothing_but_the_json(folder, tmp_path):
 
 def test_seeds_and_readme_tables(folder, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- end results -->\n<!-- seeds -->\n<!-- end seeds -->\nafter\n")
-    run(evaluate, "--samples", 2, "--plots-dir", tmp_path, "--seeds", "plots/results.json", "--readme", readme)
+    readme.write_text(
+        "before\n<!-- results -->\nold\n<!-- end results -->\n"
+        "<!-- seeds -->\n<!-- end seeds -->\nafter\n"
+    )
+    run(
+        evaluate,
+        "--samples",
+        2,
+        "--plots-dir",
+        tmp_path,
+        "--seeds",
+        "plots/results.json",
+        "--readme",
+        readme,
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     exact = results["models"]["sft"]["sampled"]["all"]["exact"]
     assert results["seeds"]["models"]["sft"]["exact"] == [exact, 0.0]  # two runs that are the same
@@ -107,8 +147,13 @@ def test_measure_by_hand():
     """Five answers: right, off by 2, right with other terms, no equation, cut off."""
     metrics = evaluate.measure(["9=3+3+3", "9=3+4+4", "9=4+5", "9=+", "9=4+5…"], 3)
     assert metrics == {
-        "parse_rate": 0.6, "mae": pytest.approx(2 / 3), "exact": 0.4, "preferred": 0.4,
-        "counts": {"2": 0.2, "3": 0.4}, "exact_counts": {"2": 0.2, "3": 0.2}, "n": 5,
+        "parse_rate": 0.6,
+        "mae": pytest.approx(2 / 3),
+        "exact": 0.4,
+        "preferred": 0.4,
+        "counts": {"2": 0.2, "3": 0.4},
+        "exact_counts": {"2": 0.2, "3": 0.2},
+        "n": 5,
     }
     assert evaluate.measure(["9=+"], 3)["mae"] is None
 
@@ -127,7 +172,17 @@ def test_same_seed_same_checkpoint(folder, tmp_path):
 
 def test_pairs_from_a_file(folder, tmp_path):
     run(data, "--pairs", "--count", 40, "--out", tmp_path / "pairs.jsonl")
-    run(train_dpo, "--steps", 3, "--batch-size", 16, "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "f.pt")
+    run(
+        train_dpo,
+        "--steps",
+        3,
+        "--batch-size",
+        16,
+        "--pairs",
+        tmp_path / "pairs.jsonl",
+        "--out",
+        tmp_path / "f.pt",
+    )
     assert not equal_weights(weights(tmp_path / "f.pt"), weights("runs/sft.pt"))
 
 
@@ -138,24 +193,43 @@ def test_ask_prints_an_answer_of_every_model(folder, capsys):
     assert all("100=" in line for line in lines[:3]) and all("57=" in line for line in lines[3:])
 
 
-@pytest.mark.parametrize("script, arguments, complaint", [
-    (train_sft, ["--steps", "0"], "--steps: '0' is not an integer from 1"),
-    (train_sft, ["--lr", "nan"], "--lr: 'nan' is not a number above 0"),
-    (train_sft, ["--width", "10"], "--width 10 is not a multiple of --heads 4"),
-    (train_sft, ["--max-sum", "12"], "--max-sum: '12' is not an integer from 20 to 999"),
-    (train_sft, ["--device", "cuda:77"], "--device cuda:77 is not there"),
-    (train_sft, ["--steps", "1", "--out", "/dev/null/sft.pt"], "cannot write /dev/null/sft"),
-    (train_sft, [*TINY, "--steps", "50", "--lr", "1e30", "--out", "runs/sft.pt"], "runs/sft.pt is not touched"),
-    (train_dpo, ["--preferred-terms", "6"], "--preferred-terms: '6' is not an integer from 2 to 5"),
-    (train_dpo, ["--sft", "runs/none.pt"], "there is no checkpoint runs/none.pt"),
-    (train_dpo, ["--pairs", "runs/none.jsonl"], "cannot read the pairs file runs/none.jsonl"),
-    (train_dpo, ["--beta", "-1"], "--beta: '-1' is not a number above 0"),
-    (train_dpo, ["--lr", "1e30", "--steps", "50", "--out", "runs/dpo.pt"], "runs/dpo.pt is not touched"),
-    (evaluate, ["--ask", "101"], "--ask 101 is out of range"),
-    (evaluate, ["--ask", "ten"], "invalid int value"),
-    (evaluate, ["--samples", "1", "--plots-dir", "/dev/null/plots"], "cannot write /dev/null/plots"),
-    (evaluate, ["runs/sft.pt", "./runs/sft.pt"], "two checkpoints have the same file name"),
-])
+@pytest.mark.parametrize(
+    "script, arguments, complaint",
+    [
+        (train_sft, ["--steps", "0"], "--steps: '0' is not an integer from 1"),
+        (train_sft, ["--lr", "nan"], "--lr: 'nan' is not a number above 0"),
+        (train_sft, ["--width", "10"], "--width 10 is not a multiple of --heads 4"),
+        (train_sft, ["--max-sum", "12"], "--max-sum: '12' is not an integer from 20 to 999"),
+        (train_sft, ["--device", "cuda:77"], "--device cuda:77 is not there"),
+        (train_sft, ["--steps", "1", "--out", "/dev/null/sft.pt"], "cannot write /dev/null/sft"),
+        (
+            train_sft,
+            [*TINY, "--steps", "50", "--lr", "1e30", "--out", "runs/sft.pt"],
+            "runs/sft.pt is not touched",
+        ),
+        (
+            train_dpo,
+            ["--preferred-terms", "6"],
+            "--preferred-terms: '6' is not an integer from 2 to 5",
+        ),
+        (train_dpo, ["--sft", "runs/none.pt"], "there is no checkpoint runs/none.pt"),
+        (train_dpo, ["--pairs", "runs/none.jsonl"], "cannot read the pairs file runs/none.jsonl"),
+        (train_dpo, ["--beta", "-1"], "--beta: '-1' is not a number above 0"),
+        (
+            train_dpo,
+            ["--lr", "1e30", "--steps", "50", "--out", "runs/dpo.pt"],
+            "runs/dpo.pt is not touched",
+        ),
+        (evaluate, ["--ask", "101"], "--ask 101 is out of range"),
+        (evaluate, ["--ask", "ten"], "invalid int value"),
+        (
+            evaluate,
+            ["--samples", "1", "--plots-dir", "/dev/null/plots"],
+            "cannot write /dev/null/plots",
+        ),
+        (evaluate, ["runs/sft.pt", "./runs/sft.pt"], "two checkpoints have the same file name"),
+    ],
+)
 def test_bad_input_is_one_clear_line_and_harms_nothing(folder, script, arguments, complaint):
     def contents():
         return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -170,7 +244,11 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(folder, script, arguments
 def test_exit_status_of_bad_input_is_2_without_traceback(folder):
     for script in ("data.py --count x", "train_dpo.py --sft none.pt", "evaluate.py --ask 3"):
         process = subprocess.run(
-            [sys.executable, ROOT / script.split()[0], *script.split()[1:]], capture_output=True, text=True
+            [sys.executable, ROOT / script.split()[0], *script.split()[1:]],
+            capture_output=True,
+            text=True,
         )
         assert process.returncode == 2 and process.stdout == ""
-        assert len(process.stderr.splitlines()) == 1 and process.stderr.startswith(f"{script.split()[0]}: error: ")
+        assert len(process.stderr.splitlines()) == 1 and process.stderr.startswith(
+            f"{script.split()[0]}: error: "
+        )
