@@ -421,13 +421,23 @@ def seeds_table(results):
     return markdown(["model", *SEED_METRICS], rows)
 
 
-def tables(results):
-    found = {"results": results_table(results), "oracle": oracle_table(results)}
+def tables(results, names):
+    """Every table, by its marker in the README; all but the recipes show just the models `names`."""
+    shown = results | {
+        "models": {name: results["models"][name] for name in names},
+        "tokens": results["tokens"]
+        | {"models": {k: v for k, v in results["tokens"]["models"].items() if k in names}},
+    }
+    found = {"results": results_table(shown), "oracle": oracle_table(shown)}
     if results["tokens"]["models"]:
-        found |= {"recipes": recipes_table(results), "tokens": tokens_table(results)}
+        found |= {"recipes": recipes_table(results), "tokens": tokens_table(shown)}
     if "seeds" in results:
         found["seeds"] = seeds_table(results)
     return found
+
+
+def readme_tables(results):
+    return tables(results, [name for name in figures.MODELS if name in results["models"]])
 
 
 def write_tables(readme, results):
@@ -437,7 +447,7 @@ def write_tables(readme, results):
             text = file.read()
     except OSError as error:
         raise InputError(f"cannot read {readme}: {error}") from None
-    for name, table in tables(results).items():
+    for name, table in readme_tables(results).items():
         text = re.sub(
             f"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
             lambda found: f"{found[1]}{table}\n{found[2]}",
@@ -650,7 +660,7 @@ def main(args):
         results["seeds"] = over_seeds([results] + [read_json(path) for path in args.seeds])
 
     # ---- tables, figures
-    for title, table in tables(results).items():
+    for title, table in tables(results, results["models"]).items():
         print(f"\n{title}\n{table}")
     write_json(os.path.join(args.plots_dir, "results.json"), results)
     write_json(os.path.join(args.plots_dir, "logs.json"), logs)
