@@ -173,11 +173,8 @@ def measure():
                         4e-9 * flops_per_position(shaped) * pair * pairs_rate / peak
                     )
 
-            # ---- generation
-            model_of_steps = torch.load(
-                sft, weights_only=True
-            )  # the default shape, briefly trained
-            model.load_state_dict(model_of_steps["model"])
+        # ---- generation, by the default model of the last round above
+        model.load_state_dict(torch.load(sft, weights_only=True)["model"])
     times, prompts = [], [f"{n}=" for n in range(5, 101)] * 100
     for _ in range(REPEATS):
         started = time.perf_counter()
