@@ -130,7 +130,7 @@ def draw_dpo_curves(logs, names, folder):
             axes.set_ylim(0, 1.05)
     for axes in grid[1]:
         axes.set_xlabel("step")
-    grid[0, 1].legend(loc="center right")
+    grid[0, 2].legend(loc="upper right")
     save(figure, folder, "dpo_curves")
 
 
