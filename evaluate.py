@@ -41,10 +41,8 @@ from plots import figures
 
 CHUNK = 10_000  # sequences at a time
 TOKEN_SEED = 1_000_003
-GAP_SEED, GAP_SIZE = (
-    1_000_004,
-    20_000,
-)  # the equations on which the gap to the entropy floor is measured
+GAP_SEED = 1_000_004  # of the equations on which the gap to the entropy floor is measured
+GAP_SIZE = 20_000
 
 
 def parse_args(argv=None):
@@ -145,8 +143,9 @@ def oracle(reference, max_sum, preferred_terms, samples, generator):
 
     Of all policies that give none but preferred answers the nearest to the reference is the
     reference conditioned on them (the limit of arXiv 2305.18290, eq. 4, for a reward of -inf on all
-    else); its KL is the mean over N of -log p_ref(preferred | N). Returns that least KL in nats, its standard error, and two independent draws of the oracle as `first_terms` tables. None for
-    the KL where some sum got no preferred answer in 2 * `samples` tries.
+    else); its KL is the mean over N of -log p_ref(preferred | N). Returns that least KL in nats,
+    its standard error, and the `first_terms` of two independent draws of the oracle. The KL is None
+    where some sum got no preferred answer in 2 * `samples` tries.
     """
     sums = np.repeat(np.arange(MIN_SUM, max_sum + 1), samples)
     draws = [answer(reference, sums, generator=generator)[0] for _ in range(2)]
@@ -154,9 +153,8 @@ def oracle(reference, max_sum, preferred_terms, samples, generator):
     p = preferred.reshape(2, -1, samples).mean((0, 2))  # (sums,)
     if p.min() > 0:
         least_kl = float(-np.log(p).mean())
-        error = float(
-            np.sqrt(((1 - p) / (p * 2 * samples)).sum()) / len(p)
-        )  # of -log p, by the delta method
+        variances = (1 - p) / (p * 2 * samples)  # of each log p, by the delta method
+        error = float(np.sqrt(variances.sum()) / len(p))
     else:
         least_kl = error = None
     return least_kl, error, [first_terms(draw, preferred_terms, max_sum) for draw in draws]

@@ -103,8 +103,9 @@ class Muon(torch.optim.Optimizer):
             matrices, momentum = group["params"], group["momentum"]
             gradient = torch.stack([matrix.grad for matrix in matrices])  # (blocks, rows, columns)
             state = self.state[matrices[0]]
-            average = state.setdefault("average", torch.zeros_like(gradient))
-            average.lerp_(gradient, 1 - momentum)
+            if not state:
+                state["average"] = torch.zeros_like(gradient)
+            average = state["average"].lerp_(gradient, 1 - momentum)
             update = orthogonalise(gradient.lerp(average, momentum))  # Nesterov's look ahead
             rows, columns = matrices[0].shape
             lr = group["lr"] * max(1, rows / columns) ** 0.5
@@ -140,6 +141,7 @@ def main(args):
 
     # ---- data: fresh equations for every step, and a fixed set for validation
     sums = np.array(seen_sums(args.max_sum))
+    floor = entropy_floor(sums.tolist())
     validation = random_equations(np.random.default_rng(VALIDATION_SEED), VALIDATION_SIZE, sums)
     validation_floor = nats_per_equation(validation)
     validation_batch = [x.to(device) for x in collate(validation)]
@@ -195,7 +197,7 @@ def main(args):
                     "equations": step * args.batch_size,
                     "seconds": seconds,
                     "loss": float(np.mean(losses[-log_every:])),
-                    "floor": entropy_floor(sums.tolist()),
+                    "floor": floor,
                     "gap": validation_loss - validation_floor,
                 }
                 print(json.dumps(record), file=log, flush=True)
