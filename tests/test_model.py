@@ -14,6 +14,7 @@ from model import (
     find_device,
     generate,
     load_checkpoint,
+    make_optimizers,
     save_checkpoint,
     token_logps,
 )
@@ -75,6 +76,27 @@ def test_logits_of_used_positions_do_not_depend_on_the_rest(model):
     used = tokens != data.PAD
     assert torch.allclose(model(tokens, used)[used], everywhere[used], atol=1e-5)
     assert model(tokens, used)[~used].abs().sum() == 0
+
+
+def test_muon_steps_as_the_one_of_torch_does(model):
+    muon, adamw = make_optimizers(model, lr=0.1)
+    matrices = [matrix for group in muon.param_groups for matrix in group["params"]]
+    others = [p for group in adamw.param_groups for p in group["params"]]
+    assert {id(p) for p in matrices} | {id(p) for p in others} == set(map(id, model.parameters()))
+    assert len(matrices) + len(others) == len(list(model.parameters()))
+
+    copies = [torch.nn.Parameter(matrix.detach().clone()) for matrix in matrices]
+    oracle = torch.optim.Muon(copies, lr=0.1, weight_decay=0, momentum=0.95)
+    starts = [matrix.detach().clone() for matrix in matrices]
+    for _ in range(3):
+        for matrix, copy in zip(matrices, copies):
+            matrix.grad = torch.randn_like(matrix)
+            copy.grad = matrix.grad.clone()
+        muon.step()
+        oracle.step()
+    for matrix, copy, start in zip(matrices, copies, starts):
+        moved, expected = matrix - start, copy - start  # the oracle computes in bfloat16
+        assert (moved - expected).norm() < 0.02 * expected.norm()
 
 
 def test_no_position_sees_what_comes_after_it(model):
