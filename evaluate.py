@@ -43,6 +43,7 @@ CHUNK = 10_000  # sequences at a time
 TOKEN_SEED = 1_000_003
 GAP_SEED = 1_000_004  # of the equations on which the gap to the entropy floor is measured
 GAP_SIZE = 20_000
+PASSED = 0.97  # the preferred share at which a run counts as having learned the preference
 
 
 def parse_args(argv=None):
@@ -157,20 +158,36 @@ def oracle(reference, max_sum, preferred_terms, samples, generator):
         error = float(np.sqrt(variances.sum()) / len(p))
     else:
         least_kl = error = None
-    return least_kl, error, [first_terms(draw, preferred_terms, max_sum) for draw in draws]
+    return least_kl, error, [first_terms(draw, max_sum, preferred_terms) for draw in draws]
 
 
-def first_terms(equations, preferred_terms, max_sum):
-    """Shares of the first terms of preferred answers, all sums weighing alike; None without any."""
+def first_terms(equations, max_sum, count=None):
+    """Shares of the first terms 0, 1, 2, ... of right answers of `count` terms, or of any number.
+
+    All sums weigh alike. None if there is no such answer.
+    """
     table = np.zeros((max_sum + 1, max_sum + 1))  # (sum, first term)
-    for equation in equations:
-        if is_preferred(equation, preferred_terms):
-            n, terms = parse(equation)
+    for n, terms in filter(None, map(parse, equations)):
+        if n == sum(terms) and count in (None, len(terms)):
             table[n, terms[0]] += 1
     answered = table[table.sum(1) > 0]
     if not len(answered):
         return None
     return (answered / answered.sum(1, keepdims=True)).mean(0).tolist()
+
+
+def one_digit(first_term_shares):
+    """The share of first terms of one digit."""
+    return None if first_term_shares is None else sum(first_term_shares[:10])
+
+
+def kl_on_passing(log):
+    """KL in nats of the policy in a DPO log when its own preferred share first reached PASSED."""
+    return next((r["own/kl"] for r in log if r.get("own/preferred", 0) >= PASSED), None)
+
+
+def over(kl, least_kl):
+    return kl / least_kl if kl is not None and least_kl else None
 
 
 def total_variation(one, other):
@@ -324,6 +341,7 @@ def results_table(results):
 
 def oracle_table(results):
     ideal = results["oracle"]
+
     rows = [
         [
             "oracle",
@@ -331,7 +349,9 @@ def oracle_table(results):
             "1.000",
             number(ideal["kl"], 2),
             "1.00",
+            "",
             f"{number(ideal['noise'])} (noise)",
+            number(one_digit(ideal["first_terms"])),
         ]
     ]
     for name, result in results["models"].items():
@@ -342,8 +362,10 @@ def oracle_table(results):
                 number(metrics["preferred"]),
                 number(metrics["exact"]),
                 number(result["kl"], 2),
-                number(result["kl"] / ideal["kl"], 2) if ideal["kl"] else "none",
+                number(result["kl_over_least"], 2),
+                number(result.get("kl_over_least_on_passing"), 2),
                 number(result.get("total_variation")),
+                number(one_digit(result["first_terms"])),
             ]
         )
     return markdown(
@@ -353,7 +375,9 @@ def oracle_table(results):
             "exact",
             "KL (nats)",
             "KL / least KL",
+            f"KL / least KL on first passing {PASSED:.0%}",
             "first term: distance to the oracle",
+            "first term: one digit",
         ],
         rows,
     )
@@ -362,7 +386,7 @@ def oracle_table(results):
 def recipes_table(results):
     """The models of the same beta by where their pairs come from."""
     rows = []
-    for name, result in results["models"].items():
+    for result in results["models"].values():
         if "pairs" in result and result["beta"] == results["models"].get("dpo", result)["beta"]:
             metrics = result["sampled"]["all"]
             rows.append(
@@ -406,21 +430,23 @@ def tokens_table(results):
 
 
 def seeds_table(results):
+    """One row a metric, one column a model: mean and standard deviation over the seeds."""
+    models = results["seeds"]["models"]
     rows = [
         [
-            name,
+            metric,
             *(
-                "" if metric not in metrics else "{:.3f} ± {:.3f}".format(*metrics[metric])
-                for metric in SEED_METRICS
+                "{:.3f} ± {:.3f}".format(*metrics[metric]) if metric in metrics else ""
+                for metrics in models.values()
             ),
         ]
-        for name, metrics in results["seeds"]["models"].items()
+        for metric in SEED_METRICS
     ]
-    return markdown(["model", *SEED_METRICS], rows)
+    return markdown([f"over {results['seeds']['n']} seeds", *models], rows)
 
 
 def tables(results, names):
-    """Every table, by its marker in the README; all but the recipes show just the models `names`."""
+    """Every table by its marker in the README; all but the recipes show just the models `names`."""
     shown = results | {
         "models": {name: results["models"][name] for name in names},
         "tokens": results["tokens"]
@@ -456,7 +482,8 @@ def write_tables(readme, results):
         file.write(text)
 
 
-SEED_METRICS = {  # column: where in a model's results
+SEED_METRICS = {  # row: where in a model's results
+    "gap to the entropy floor (nats)": ("gap",),
     "exact": ("sampled", "all", "exact"),
     "exact, held-out sums": ("sampled", "held_out", "exact"),
     "preferred": ("sampled", "all", "preferred"),
@@ -464,6 +491,8 @@ SEED_METRICS = {  # column: where in a model's results
     "exact, greedy": ("greedy", "all", "exact"),
     "preferred, greedy": ("greedy", "all", "preferred"),
     "KL (nats)": ("kl",),
+    "KL / least KL": ("kl_over_least",),
+    "first term: distance to the oracle": ("total_variation",),
 }
 
 
@@ -475,7 +504,8 @@ def over_seeds(runs):
             models[name] = {}
             for metric, path in SEED_METRICS.items():
                 values = [functools.reduce(dict.get, path, run["models"][name]) for run in runs]
-                models[name][metric] = [float(np.mean(values)), float(np.std(values, ddof=1))]
+                if None not in values:
+                    models[name][metric] = [float(np.mean(values)), float(np.std(values, ddof=1))]
     return {"n": len(runs), "models": models}
 
 
@@ -640,6 +670,7 @@ def main(args):
             model, reference, max_sum, preferred_terms, args.samples, args.seed
         )
         _, saved = loaded[name]
+        result["kl_over_least"] = over(result["kl"], least_kl)
         result |= {
             key: saved.get(key) for key in ("seed", "pairs", "beta", "lr", "steps") if key in saved
         }
@@ -649,9 +680,11 @@ def main(args):
             result |= {"seconds": last["seconds"], "seen": last.get("equations", last.get("pairs"))}
         if "preferred_terms" not in saved:  # an SFT model
             result["gap"] = gap_to_floor(model, max_sum)
+            result["first_terms"] = first_terms(equations, max_sum)
         else:
-            result["first_terms"] = first_terms(equations, preferred_terms, max_sum)
+            result["first_terms"] = first_terms(equations, max_sum, preferred_terms)
             result["total_variation"] = total_variation(result["first_terms"], draw)
+            result["kl_over_least_on_passing"] = over(kl_on_passing(logs[name]), least_kl)
         results["models"][name] = result
         print_examples(name, equations, np.random.default_rng(args.seed))
     if args.seeds:

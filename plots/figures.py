@@ -130,19 +130,22 @@ def draw_dpo_curves(logs, names, folder):
             axes.set_ylim(0, 1.05)
     for axes in grid[1]:
         axes.set_xlabel("step")
-    grid[0, 2].legend(loc="upper right")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(logs))
     save(figure, folder, "dpo_curves")
 
 
-MASS = {  # kind of answer: its share of the policy's own samples, and a colour
-    "3 terms, right": (lambda own: own["own/preferred_exact"], "#009E73"),
-    "3 terms, wrong": (lambda own: own["own/preferred"] - own["own/preferred_exact"], "#A6DBC8"),
-    "other count, right": (lambda own: own["own/exact"] - own["own/preferred_exact"], "#0072B2"),
+# Kind of answer: its share of the policy's own samples, and a colour (Tol's muted ones, which no
+# model has).
+MASS = {
+    "3 terms, right": (lambda own: own["own/preferred_exact"], "#332288"),
+    "3 terms, wrong": (lambda own: own["own/preferred"] - own["own/preferred_exact"], "#88CCEE"),
+    "other count, right": (lambda own: own["own/exact"] - own["own/preferred_exact"], "#DDCC77"),
     "other count, wrong": (
         lambda own: (
             own["own/parsed"] - own["own/exact"] - own["own/preferred"] + own["own/preferred_exact"]
         ),
-        "#D55E00",
+        "#CC6677",
     ),
     "no equation": (lambda own: 1 - own["own/parsed"], "#888888"),
 }
@@ -284,20 +287,22 @@ def draw_oracle(results, folder):
     bin_width = max(1, results["task"]["max_sum"] // 20)
     curves = [("oracle", "black", results["oracle"]["first_terms"])]
     curves += [
-        (*MODELS[name], results["models"][name].get("first_terms"))
+        (*MODELS[name], results["models"][name]["first_terms"])
         for name in MODELS
         if name in results["models"]
     ]
     figure, axes = plt.subplots(figsize=(7, 3.6))
     for label, colour, shares in curves:
         if shares:
+            any_count = label == MODELS["sft"][0]
             bins = [100 * sum(shares[i : i + bin_width]) for i in range(1, len(shares), bin_width)]
             axes.stairs(
                 bins,
                 [1 + bin_width * i for i in range(len(bins) + 1)],
                 color=colour,
                 linewidth=2,
-                label=label,
+                linestyle=":" if any_count else "-",
+                label=f"{label}, any number of terms" if any_count else label,
             )
     axes.set_xlabel(
         f"first term of a right answer of {results['task']['preferred_terms']} terms "

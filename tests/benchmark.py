@@ -3,7 +3,7 @@
     make bench                         # a table, plots/benchmark.json and plots/benchmark.png
 
 Times the real scripts, each in processes of its own, several times over; quotes medians. Rates
-leave out the start of a run. Compare ratios of one run, not figures of two: a shared machine drifts.
+leave out the start of a run. Compare ratios within one run, not figures of two: machines drift.
 """
 
 import json
@@ -26,8 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import random_equations, random_pairs, replacing, seen_sums  # noqa: E402
-from model import GPT, GPTConfig, generate  # noqa: E402
+from data import collate, random_equations, random_pairs, replacing, seen_sums  # noqa: E402
+from model import GPT, GPTConfig, completion_logps, generate  # noqa: E402
 from plots.figures import STYLE  # noqa: E402
 
 REPEATS = 3
@@ -89,6 +89,18 @@ def flops_per_position(model):
     )
 
 
+def operator_shares(model, rng, sums, steps=20, shown=10):
+    """Share of the time of SFT's forward and backward passes by operator of torch, in %."""
+    batches = [collate(random_equations(rng, 64, sums)) for _ in range(steps)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for batch in batches:
+            completion_logps(model, *batch).mean().backward()
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    longest = sorted(times, key=times.get, reverse=True)[:shown]
+    shares = {name: 100 * times[name] / sum(times.values()) for name in longest}
+    return shares | {"all others": 100 - sum(shares.values())}
+
+
 def positions_of(texts):
     """Mean positions a text takes in training: its characters; the last predicts the end."""
     return statistics.mean(map(len, texts))
@@ -119,13 +131,15 @@ def measure():
 
     # ---- SFT
     equation = positions_of([p + c for p, c in random_equations(rng, 10_000, sums)])
-    equations, memory = rate("train_sft.py", "equations", "--steps", 600)
+    equations, memory = rate("train_sft.py", "equations", "--steps", 300)
     results["SFT"] = {
         "equations/s": equations,
         "tokens/s": equations * equation,
         "peak memory (MiB)": memory,
         "share of matrix rate": 3e-9 * flops_per_position(model) * equation * equations / peak,
     }
+
+    results["SFT forward and backward, time by operator (%)"] = operator_shares(model, rng, sums)
 
     # ---- DPO, on a model of 4 blocks of width 64 and on the default one
     pair = (
@@ -188,12 +202,12 @@ def measure():
     }
 
     # ---- scaling and cost: SFT equations/s
-    results["SFT equations/s, by processes and batch size"] = {
-        f"{processes} x {threads} threads, batch {batch}": rate(
+    results["SFT equations/s, by batch size, processes x threads of each"] = {
+        f"{batch}, {processes} x {threads}": rate(
             "train_sft.py",
             "equations",
             "--steps",
-            600,
+            300,
             "--batch-size",
             batch,
             processes=processes,
@@ -203,11 +217,11 @@ def measure():
         for processes, threads in ((1, 1), (1, CORES), (2, max(1, CORES // 2)))
     }
     results["SFT equations/s, by --max-sum"] = {
-        max_sum: rate("train_sft.py", "equations", "--steps", 600, "--max-sum", max_sum)[0]
+        max_sum: rate("train_sft.py", "equations", "--steps", 300, "--max-sum", max_sum)[0]
         for max_sum in (100, 999)
     }
     results["SFT equations/s, by --depth"] = {
-        depth: rate("train_sft.py", "equations", "--steps", 600, "--depth", depth)[0]
+        depth: rate("train_sft.py", "equations", "--steps", 300, "--depth", depth)[0]
         for depth in (4, 6, 8)
     }
     return results

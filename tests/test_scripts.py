@@ -107,7 +107,7 @@ def test_results_are_consistent(folder):
                 assert sum(metrics["exact_counts"].values()) == pytest.approx(metrics["exact"])
                 assert metrics["preferred"] == metrics["counts"].get("3", 0)
     assert models["sft"]["kl"] == 0 and models["sft"]["gap"] > 0
-    assert models["dpo"]["kl"] > 0
+    assert models["dpo"]["kl"] != 0 and models["dpo"]["kl"] > -3 * models["dpo"]["kl_se"]
 
 
 def test_replot_needs_nothing_but_the_json(folder, tmp_path):
@@ -141,6 +141,19 @@ def test_seeds_and_readme_tables(folder, tmp_path):
     text = readme.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert evaluate.results_table(results) in text and evaluate.seeds_table(results) in text
+
+
+def test_first_terms_by_hand():
+    """Right answers of three terms alone, each sum with the same weight."""
+    answers = ["9=4+5", "9=3+3+3", "9=3+2+4", "9=4+4+4", "9=", "30=10+10+10"]
+    assert [n for n, share in enumerate(evaluate.first_terms(answers, 30, 3)) if share] == [3, 10]
+    any_count = evaluate.first_terms(answers, 30)
+    assert [any_count[n] for n in (3, 4, 10)] == pytest.approx([1 / 3, 1 / 6, 1 / 2])
+    assert evaluate.one_digit(any_count) == pytest.approx(1 / 2)
+    assert evaluate.first_terms(answers, 30, 5) is None
+    assert evaluate.total_variation([0.5, 0.5, 0], [0.25, 0.25, 0.5]) == 0.5
+    log = [{"own/preferred": 0.2, "own/kl": 1.0}, {}, {"own/preferred": 0.98, "own/kl": 2.0}]
+    assert evaluate.kl_on_passing(log) == 2.0 and evaluate.kl_on_passing(log[:2]) is None
 
 
 def test_measure_by_hand():
