@@ -25,7 +25,7 @@ SEEDS := 1 2 3 4
 
 # What sets each model apart; runs/dpo.pt has the defaults. Fixed pairs get a gentle run: at the
 # learning rate of online pairs nothing at all survives.
-GENTLE := --lr 1e-4 --steps 400 --batch-size 64
+GENTLE := --lr 3e-4 --steps 400 --batch-size 64
 FLAGS_dpo_offline := --pairs offline $(GENTLE)
 FLAGS_dpo_offline_wrong := --pairs offline-wrong $(GENTLE)
 FLAGS_dpo_reference := --pairs reference $(GENTLE)

@@ -38,6 +38,7 @@ from model import (
     data_parallel,
     find_device,
     join_processes,
+    make_optimizers,
     open_log,
     save_checkpoint,
 )
@@ -82,53 +83,6 @@ def parse_args(argv=None):
     return args
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: every direction of a matrix moves equally far.
-
-    The algorithm of torch.optim.Muon (Jordan et al., 2024). That one takes the matrices one by one;
-    this one stacks those of a shape, the same matrix of every block, which makes the whole training
-    step 1.4 times faster at this size.
-    """
-
-    def __init__(self, matrices, lr, momentum=0.95):
-        shapes = {}
-        for matrix in matrices:
-            shapes.setdefault(matrix.shape, []).append(matrix)
-        super().__init__(
-            [{"params": same} for same in shapes.values()], {"lr": lr, "momentum": momentum}
-        )
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            matrices, momentum = group["params"], group["momentum"]
-            gradient = torch.stack([matrix.grad for matrix in matrices])  # (blocks, rows, columns)
-            state = self.state[matrices[0]]
-            if not state:
-                state["average"] = torch.zeros_like(gradient)
-            average = state["average"].lerp_(gradient, 1 - momentum)
-            update = orthogonalise(gradient.lerp(average, momentum))  # Nesterov's look ahead
-            rows, columns = matrices[0].shape
-            lr = group["lr"] * max(1, rows / columns) ** 0.5
-            torch._foreach_add_(matrices, update.unbind(), alpha=-lr)
-
-
-def orthogonalise(x):
-    """Matrices (n, rows, columns) with their singular values pushed near 1, by Newton-Schulz steps.
-
-    The quintic a s + b s^3 + c s^5 maps every singular value s of (0, 1] to about 0.7..1.2 in five
-    rounds; its coefficients are those of torch.optim.Muon.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT).mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        xx = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
-    return x
-
-
 def main(args):
     # ---- setup
     rank, world = join_processes(args)
@@ -147,13 +101,8 @@ def main(args):
     validation_floor = nats_per_equation(validation)
     validation_batch = [x.to(device) for x in collate(validation)]
 
-    # ---- optimizer: Muon for the matrices inside the blocks, AdamW for all else
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers = [
-        Muon(matrices, args.lr),
-        torch.optim.AdamW(others, args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
-    ]
+    # ---- optimizer
+    optimizers = make_optimizers(model, args.lr, args.lr)
     rise = max(1, round(0.03 * args.steps))
     schedules = [
         LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps))

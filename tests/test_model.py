@@ -10,6 +10,7 @@ from data import END, InputError, collate, decode
 from model import (
     GPT,
     GPTConfig,
+    Muon,
     completion_logps,
     find_device,
     generate,
@@ -17,7 +18,6 @@ from model import (
     save_checkpoint,
     token_logps,
 )
-from train_sft import Muon
 
 EXAMPLES = [
     ("100=", "50+50"),
