@@ -131,7 +131,12 @@ def parse_args(argv=None):
     # the run
     add("--steps", type=integer_in(1, 10**9), default=500, help="updates (%(default)s)")
     add("--batch-size", type=integer_in(1, 10**6), default=256, help="prompts a step (%(default)s)")
-    add("--lr", type=positive_number, default=3e-3, help="highest learning rate (%(default)s)")
+    add(
+        "--lr",
+        type=positive_number,
+        default=3e-3,
+        help="highest learning rate of Muon; AdamW has three times as much (%(default)s)",
+    )
     add("--seed", type=integer_in(0, 2**32), default=0, help="of pairs and samples (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     add("--out", default="runs/dpo.pt", help="checkpoint to write (%(default)s)")
@@ -294,7 +299,7 @@ def main(args):
     elif args.pairs not in ("online", "offline", "offline-wrong"):
         fixed_pairs = shuffled_forever(read_pairs(args.pairs, policy.config.block_size), rng)
 
-    # ---- optimizer: a low rate for AdamW, as for Muon, would cost more KL for the same preference
+    # ---- optimizer: with AdamW at Muon's rate the same preference would cost more KL
     optimizers = make_optimizers(policy, args.lr, 3 * args.lr)
     rise = max(1, round(0.05 * args.steps))
     schedules = [
@@ -344,7 +349,7 @@ def main(args):
                 args.loss,
                 args.label_smoothing,
             )
-            loss = pair_losses.sum() / count  # over all prompts: few pairs left, small steps
+            loss = pair_losses.sum() / count  # over all prompts: few mistakes, little weight
 
             # ---- update
             if not loss.isfinite():
