@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from data import (
@@ -129,12 +130,12 @@ def parse_args(argv=None):
         "or a FILE of JSON lines {prompt, chosen, rejected} (%(default)s)",
     )
     # the run
-    add("--steps", type=integer_in(1, 10**9), default=500, help="updates (%(default)s)")
+    add("--steps", type=integer_in(1, 10**9), default=400, help="updates (%(default)s)")
     add("--batch-size", type=integer_in(1, 10**6), default=256, help="prompts a step (%(default)s)")
     add(
         "--lr",
         type=positive_number,
-        default=3e-3,
+        default=2.5e-3,
         help="highest learning rate of Muon; AdamW has three times as much (%(default)s)",
     )
     add("--seed", type=integer_in(0, 2**32), default=0, help="of pairs and samples (%(default)s)")
@@ -303,16 +304,21 @@ def main(args):
     optimizers = make_optimizers(policy, args.lr, 3 * args.lr)
     rise = max(1, round(0.05 * args.steps))
     schedules = [
-        LambdaLR(optimizer, lambda done: min((done + 1) / rise, (1 - done / args.steps) ** 2))
+        LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps))
         for optimizer in optimizers
     ]
+
+    # ---- the policy that is measured and kept: an average over about the last quarter of the steps.
+    # No pair opposes a drift from one right answer to another, but much of it averages out.
+    average = AveragedModel(policy, avg_fn=lambda kept, new, n: kept + (new - kept) / (1 + n / 4))
+    kept_policy = average.module
 
     # ---- the loop
     own_every = max(1, args.steps // OWN_ANSWERS)
     losses, pairs_seen, seconds, shown = [], 0, 0.0, {}
     records = [
         {"step": 0, "pairs": 0, "seconds": 0.0}
-        | own_answers(policy, reference, args.preferred_terms)
+        | own_answers(kept_policy, reference, args.preferred_terms)
     ]
     with (
         open_log(args.out, rank) as log,
@@ -359,6 +365,7 @@ def main(args):
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
+            average.update_parameters(policy)
 
             # ---- log
             losses.append(loss.item())
@@ -377,7 +384,7 @@ def main(args):
                     "logps/rejected": logps[P:].mean().item(),
                 }
             if step % own_every == 0 or step == args.steps:
-                records[-1] |= own_answers(policy, reference, args.preferred_terms)
+                records[-1] |= own_answers(kept_policy, reference, args.preferred_terms)
                 if not math.isfinite(records[-1]["own/kl"]):
                     raise diverged(step, losses, args.out)
             shown |= {
@@ -391,7 +398,7 @@ def main(args):
 
     # ---- save
     if rank == 0:
-        save_checkpoint(args.out, policy, vars(args))
+        save_checkpoint(args.out, kept_policy, vars(args))
         print(diagnosis(records, args.pairs))
 
 
