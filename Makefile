@@ -25,7 +25,7 @@ SEEDS := 1 2 3 4
 
 # What sets each model apart; runs/dpo.pt has the defaults. Fixed pairs get a gentle run: with the
 # flags of online pairs two answers in three are no equation any more.
-GENTLE := --lr 2.5e-4 --batch-size 64
+GENTLE := --lr 5e-4 --batch-size 64
 FLAGS_dpo_offline := --pairs offline $(GENTLE)
 FLAGS_dpo_offline_wrong := --pairs offline-wrong $(GENTLE)
 FLAGS_dpo_reference := --pairs reference $(GENTLE)

@@ -122,8 +122,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, VOCAB_SIZE, bias=False)
 
-        nn.init.normal_(self.token_embedding.weight, std=0.5)
-        nn.init.normal_(self.position_embedding.weight, std=0.5)
+        nn.init.normal_(self.token_embedding.weight, std=0.2)
+        nn.init.normal_(self.position_embedding.weight, std=0.2)
         nn.init.zeros_(self.head.weight)  # the first loss is that of a uniform guess
         for block in self.blocks:  # every block starts as the identity
             nn.init.zeros_(block.attention.out.weight)
@@ -196,9 +196,8 @@ def generate(model, prompts, greedy=False, generator=None):
         if greedy:
             drawn = logits.argmax(1)
         else:
-            probabilities = logits.softmax(1).nan_to_num(
-                1
-            )  # a diverged model still answers, with noise
+            # A diverged model still answers, with noise.
+            probabilities = logits.softmax(1).nan_to_num(1)
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         in_prompt = t + 1 < starts[rows]
         tokens[rows, t + 1] = torch.where(in_prompt, tokens[rows, t + 1], drawn)
@@ -267,13 +266,13 @@ def orthogonalise(x):
     return x
 
 
-def make_optimizers(model, muon_lr, adamw_lr):
+def make_optimizers(model, lr):
     """Muon for the matrices inside the blocks, AdamW for all else."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
-        Muon(matrices, muon_lr),
-        torch.optim.AdamW(others, adamw_lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
+        Muon(matrices, lr),
+        torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
     ]
 
 

@@ -132,12 +132,7 @@ def parse_args(argv=None):
     # the run
     add("--steps", type=integer_in(1, 10**9), default=400, help="updates (%(default)s)")
     add("--batch-size", type=integer_in(1, 10**6), default=256, help="prompts a step (%(default)s)")
-    add(
-        "--lr",
-        type=positive_number,
-        default=2.5e-3,
-        help="highest learning rate of Muon; AdamW has three times as much (%(default)s)",
-    )
+    add("--lr", type=positive_number, default=5e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=integer_in(0, 2**32), default=0, help="of pairs and samples (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     add("--out", default="runs/dpo.pt", help="checkpoint to write (%(default)s)")
@@ -300,15 +295,16 @@ def main(args):
     elif args.pairs not in ("online", "offline", "offline-wrong"):
         fixed_pairs = shuffled_forever(read_pairs(args.pairs, policy.config.block_size), rng)
 
-    # ---- optimizer: with AdamW at Muon's rate the same preference would cost more KL
-    optimizers = make_optimizers(policy, args.lr, 3 * args.lr)
+    # ---- optimizer
+    optimizers = make_optimizers(policy, args.lr)
     rise = max(1, round(0.05 * args.steps))
     schedules = [
         LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps))
         for optimizer in optimizers
     ]
 
-    # ---- the policy that is measured and kept: an average over about the last quarter of the steps.
+    # ---- the policy that is measured and kept: an average over the steps, step n weighted by n^3
+    # (polynomial-decay averaging, arXiv 1212.1824), so half of it is the last sixth of the run.
     # No pair opposes a drift from one right answer to another, but much of it averages out.
     average = AveragedModel(policy, avg_fn=lambda kept, new, n: kept + (new - kept) / (1 + n / 4))
     kept_policy = average.module

@@ -64,11 +64,19 @@ def parse_args(argv=None):
         help="largest sum (%(default)s)",
     )
     # the run
-    add("--steps", type=integer_in(1, 10**9), default=10_000, help="updates (%(default)s)")
+    add("--steps", type=integer_in(1, 10**9), default=3000, help="updates (%(default)s)")
     add(
-        "--batch-size", type=integer_in(1, 10**6), default=64, help="equations a step (%(default)s)"
+        "--batch-size",
+        type=integer_in(1, 10**6),
+        default=256,
+        help="equations a step (%(default)s)",
     )
-    add("--lr", type=positive_number, default=6e-3, help="highest learning rate (%(default)s)")
+    add(
+        "--lr",
+        type=positive_number,
+        default=1.2e-2,
+        help="highest learning rate; a batch of 64 wants half of it (%(default)s)",
+    )
     add(
         "--seed",
         type=integer_in(0, 2**32),
@@ -102,7 +110,7 @@ def main(args):
     validation_batch = [x.to(device) for x in collate(validation)]
 
     # ---- optimizer
-    optimizers = make_optimizers(model, args.lr, args.lr)
+    optimizers = make_optimizers(model, args.lr)
     rise = max(1, round(0.03 * args.steps))
     schedules = [
         LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps))

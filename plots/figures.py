@@ -255,7 +255,7 @@ def draw_frontier(results, logs, folder):
         if result.get("pairs") == "online" and logs.get(name)
     )
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    for i, (beta, name) in enumerate(runs):
+    for beta, name in runs:
         own = [record for record in logs[name] if "own/kl" in record]
         kls, shares = (
             smooth([record[key] for record in own], window=5) for key in ("own/kl", "own/preferred")
@@ -263,7 +263,7 @@ def draw_frontier(results, logs, folder):
         axes.plot(
             kls,
             [100 * share for share in shares],
-            color=plt.cm.viridis(0.85 * i / max(1, len(runs) - 1)),
+            color=label_and_colour(name, list(results["models"]))[1],
             marker=".",
             label=f"β = {beta:g}",
         )
@@ -272,7 +272,7 @@ def draw_frontier(results, logs, folder):
         100,
         marker="*",
         markersize=16,
-        color="#D55E00",
+        color="black",
         linestyle="none",
         label="oracle: least KL",
     )

@@ -31,6 +31,7 @@ from model import GPT, GPTConfig, completion_logps, generate  # noqa: E402
 from plots.figures import STYLE  # noqa: E402
 
 REPEATS = 3
+STEPS = 120  # of a run of SFT
 CORES = os.cpu_count()
 
 
@@ -91,7 +92,7 @@ def flops_per_position(model):
 
 def operator_shares(model, rng, sums, steps=20, shown=10):
     """Share of the time of SFT's forward and backward passes by operator of torch, in %."""
-    batches = [collate(random_equations(rng, 64, sums)) for _ in range(steps)]
+    batches = [collate(random_equations(rng, 256, sums)) for _ in range(steps)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for batch in batches:
             completion_logps(model, *batch).mean().backward()
@@ -131,7 +132,7 @@ def measure():
 
     # ---- SFT
     equation = positions_of([p + c for p, c in random_equations(rng, 10_000, sums)])
-    equations, memory = rate("train_sft.py", "equations", "--steps", 300)
+    equations, memory = rate("train_sft.py", "equations", "--steps", STEPS)
     results["SFT"] = {
         "equations/s": equations,
         "tokens/s": equations * equation,
@@ -156,7 +157,7 @@ def measure():
                     sys.executable,
                     ROOT / "train_sft.py",
                     "--steps",
-                    "300",
+                    "60",
                     *map(str, shape),
                     "--out",
                     sft,
@@ -207,7 +208,7 @@ def measure():
             "train_sft.py",
             "equations",
             "--steps",
-            300,
+            STEPS,
             "--batch-size",
             batch,
             processes=processes,
@@ -217,11 +218,11 @@ def measure():
         for processes, threads in ((1, 1), (1, CORES), (2, max(1, CORES // 2)))
     }
     results["SFT equations/s, by --max-sum"] = {
-        max_sum: rate("train_sft.py", "equations", "--steps", 300, "--max-sum", max_sum)[0]
+        max_sum: rate("train_sft.py", "equations", "--steps", STEPS, "--max-sum", max_sum)[0]
         for max_sum in (100, 999)
     }
     results["SFT equations/s, by --depth"] = {
-        depth: rate("train_sft.py", "equations", "--steps", 300, "--depth", depth)[0]
+        depth: rate("train_sft.py", "equations", "--steps", STEPS, "--depth", depth)[0]
         for depth in (4, 6, 8)
     }
     return results
