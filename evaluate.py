@@ -431,18 +431,22 @@ def tokens_table(results):
 
 def seeds_table(results):
     """One row a metric, one column a model: mean and standard deviation over the seeds."""
-    models = results["seeds"]["models"]
+    models, runs = results["seeds"]["models"], results["seeds"]["n"]
     rows = [
         [
             metric,
-            *(
-                "{:.3f} ± {:.3f}".format(*metrics[metric]) if metric in metrics else ""
-                for metrics in models.values()
-            ),
+            *(over_seeds_cell(metrics.get(metric), runs) for metrics in models.values()),
         ]
         for metric in SEED_METRICS
     ]
-    return markdown([f"over {results['seeds']['n']} seeds", *models], rows)
+    return markdown([f"over {runs} seeds", *models], rows)
+
+
+def over_seeds_cell(summary, runs):
+    if summary is None:
+        return ""
+    mean, deviation, known = summary
+    return f"{mean:.3f} ± {deviation:.3f}" + (f" (of {known})" if known < runs else "")
 
 
 def tables(results, names):
@@ -497,15 +501,23 @@ SEED_METRICS = {  # row: where in a model's results
 
 
 def over_seeds(runs):
-    """Mean and standard deviation of each metric over the results of several seeds."""
+    """Mean, standard deviation and number of the values of each metric over several seeds.
+
+    A seed may lack one: without a least KL, see `oracle`, there is no ratio to it.
+    """
     models = {}
     for name in runs[0]["models"]:
         if all(name in run["models"] for run in runs):
             models[name] = {}
             for metric, path in SEED_METRICS.items():
                 values = [functools.reduce(dict.get, path, run["models"][name]) for run in runs]
-                if None not in values:
-                    models[name][metric] = [float(np.mean(values)), float(np.std(values, ddof=1))]
+                known = [value for value in values if value is not None]
+                if len(known) > 1:
+                    models[name][metric] = [
+                        float(np.mean(known)),
+                        float(np.std(known, ddof=1)),
+                        len(known),
+                    ]
     return {"n": len(runs), "models": models}
 
 

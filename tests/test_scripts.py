@@ -137,7 +137,7 @@ def test_seeds_and_readme_tables(folder, tmp_path):
     )
     results = json.loads((tmp_path / "results.json").read_text())
     exact = results["models"]["sft"]["sampled"]["all"]["exact"]
-    assert results["seeds"]["models"]["sft"]["exact"] == [exact, 0.0]  # two runs that are the same
+    assert results["seeds"]["models"]["sft"]["exact"] == [exact, 0.0, 2]  # the same run twice
     text = readme.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert evaluate.results_table(results) in text and evaluate.seeds_table(results) in text
