@@ -24,7 +24,7 @@ LESSON := dpo_offline_wrong dpo_reference dpo_beta_0.1 dpo_beta_0.3 dpo_beta_2
 SEEDS := 1 2 3 4
 
 # What sets each model apart; runs/dpo.pt has the defaults. Fixed pairs get a gentle run: with the
-# flags of online pairs two answers in three are no equation any more.
+# flags of online pairs next to no right sum is left.
 GENTLE := --lr 5e-4 --batch-size 64
 FLAGS_dpo_offline := --pairs offline $(GENTLE)
 FLAGS_dpo_offline_wrong := --pairs offline-wrong $(GENTLE)

@@ -31,7 +31,7 @@ from model import GPT, GPTConfig, completion_logps, generate  # noqa: E402
 from plots.figures import STYLE  # noqa: E402
 
 REPEATS = 3
-STEPS = 120  # of a run of SFT
+STEPS = 60  # of every run
 CORES = os.cpu_count()
 
 
@@ -157,7 +157,7 @@ def measure():
                     sys.executable,
                     ROOT / "train_sft.py",
                     "--steps",
-                    "60",
+                    str(STEPS),
                     *map(str, shape),
                     "--out",
                     sft,
@@ -175,7 +175,7 @@ def measure():
                     "--pairs",
                     pairs,
                     "--steps",
-                    120,
+                    STEPS,
                     "--batch-size",
                     128,
                 )
