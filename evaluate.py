@@ -496,6 +496,7 @@ SEED_METRICS = {  # row: where in a model's results
     "preferred, greedy": ("greedy", "all", "preferred"),
     "KL (nats)": ("kl",),
     "KL / least KL": ("kl_over_least",),
+    f"KL / least KL on first passing {PASSED:.0%}": ("kl_over_least_on_passing",),
     "first term: distance to the oracle": ("total_variation",),
 }
 
