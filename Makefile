@@ -25,7 +25,7 @@ SEEDS := 1 2 3 4
 
 # What sets each model apart; runs/dpo.pt has the defaults. Fixed pairs get a gentle run: with the
 # flags of online pairs next to no right sum is left.
-GENTLE := --lr 5e-4 --batch-size 64
+GENTLE := --lr 3e-4 --batch-size 64
 FLAGS_dpo_offline := --pairs offline $(GENTLE)
 FLAGS_dpo_offline_wrong := --pairs offline-wrong $(GENTLE)
 FLAGS_dpo_reference := --pairs reference $(GENTLE)

@@ -1,4 +1,4 @@
-"""A decoder-only Transformer from scratch: generation, log-probabilities, optimizers, checkpoints.
+"""A decoder-only Transformer from scratch: generation, log-probabilities, Muon, checkpoints.
 
     from model import generate, load_checkpoint
     model, args = load_checkpoint("runs/sft.pt")
@@ -216,7 +216,7 @@ def generate(model, prompts, greedy=False, generator=None):
     return tokens[:, :longest], mask[:, :longest]
 
 
-# ---- optimizers: the same for both stages ------------------------------------------------------
+# ---- the optimizer of SFT ----------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
@@ -264,16 +264,6 @@ def orthogonalise(x):
         xx = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return x
-
-
-def make_optimizers(model, lr):
-    """Muon for the matrices inside the blocks, AdamW for all else."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    return [
-        Muon(matrices, lr),
-        torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
-    ]
 
 
 # ---- checkpoints, logs, devices ---------------------------------------------------------------

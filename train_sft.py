@@ -34,11 +34,11 @@ from data import (
 from model import (
     GPT,
     GPTConfig,
+    Muon,
     completion_logps,
     data_parallel,
     find_device,
     join_processes,
-    make_optimizers,
     open_log,
     save_checkpoint,
 )
@@ -109,8 +109,13 @@ def main(args):
     validation_floor = nats_per_equation(validation)
     validation_batch = [x.to(device) for x in collate(validation)]
 
-    # ---- optimizer
-    optimizers = make_optimizers(model, args.lr)
+    # ---- optimizer: Muon for the matrices inside the blocks, AdamW for all else
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = [
+        Muon(matrices, args.lr),
+        torch.optim.AdamW(others, args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
+    ]
     rise = max(1, round(0.03 * args.steps))
     schedules = [
         LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps))
