@@ -27,6 +27,10 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+def last_record(checkpoint_path):
+    return json.loads(checkpoint_path.with_suffix(".jsonl").read_text().splitlines()[-1])
+
+
 def equal_weights(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
@@ -181,6 +185,26 @@ def test_same_seed_same_checkpoint(folder, tmp_path):
         run(train_dpo, "--steps", 4, "--batch-size", 16, "--seed", seed, "--out", tmp_path / out)
     assert equal_weights(weights(tmp_path / "c.pt"), weights("runs/dpo.pt"))
     assert not equal_weights(weights(tmp_path / "d.pt"), weights("runs/dpo.pt"))
+
+
+def test_two_processes_train_one_model(folder, tmp_path):
+    """Process 0 draws what a run alone with half the batch draws; the other's gradients differ."""
+
+    def torchrun(script, *arguments):
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [sys.executable, "-m", *launcher, ROOT / script, *map(str, arguments)]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    together, alone, dpo = (tmp_path / f"{name}.pt" for name in ("together", "alone", "dpo"))
+    torchrun("train_sft.py", *TINY, "--steps", 3, "--out", together)
+    run(train_sft, *TINY, "--batch-size", 16, "--steps", 3, "--out", alone)
+    assert weights(together).keys() == weights(alone).keys()
+    assert not equal_weights(weights(together), weights(alone))
+    assert last_record(together)["equations"] == 3 * 32
+
+    torchrun("train_dpo.py", "--sft", together, "--steps", 2, "--batch-size", 16, "--out", dpo)
+    assert weights(dpo).keys() == weights(alone).keys()
+    assert last_record(dpo)["pairs"] == 2 * 16  # so short an SFT gives no preferred answer
 
 
 def test_pairs_from_a_file(folder, tmp_path):
