@@ -198,8 +198,8 @@ def test_two_processes_train_one_model(folder, tmp_path):
     together, alone, dpo = (tmp_path / f"{name}.pt" for name in ("together", "alone", "dpo"))
     torchrun("train_sft.py", *TINY, "--steps", 3, "--out", together)
     run(train_sft, *TINY, "--batch-size", 16, "--steps", 3, "--out", alone)
-    assert weights(together).keys() == weights(alone).keys()
-    assert not equal_weights(weights(together), weights(alone))
+    head, head_alone = (weights(path)["head.weight"] for path in (together, alone))
+    assert (head - head_alone).abs().max() > 1e-3  # rounding alone stays far below
     assert last_record(together)["equations"] == 3 * 32
 
     torchrun("train_dpo.py", "--sft", together, "--steps", 2, "--batch-size", 16, "--out", dpo)
