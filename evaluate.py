@@ -418,14 +418,11 @@ def tokens_table(results):
     tokens, rows = results["tokens"], []
     for name, sides in tokens["models"].items():
         for side, nats in sides.items():
-            rows.append(
-                [
-                    name,
-                    side,
-                    f"{sum(nats):+.1f}",
-                    *(f"{x:+.2f} ({x / sum(nats):.0%})" for x in nats),
-                ]
-            )
+            total = sum(nats)
+            cells = [
+                f"{x:+.2f}" + (f" ({x / total:.0%})" if abs(total) >= 1 else "") for x in nats
+            ]  # of a total near zero a share says nothing
+            rows.append([name, side, f"{total:+.1f}", *cells])
     return markdown(["model", "side", "log π - log π_ref", *tokens["kinds"]], rows)
 
 
