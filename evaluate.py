@@ -419,9 +419,8 @@ def tokens_table(results):
     for name, sides in tokens["models"].items():
         for side, nats in sides.items():
             total = sum(nats)
-            cells = [
-                f"{x:+.2f}" + (f" ({x / total:.0%})" if abs(total) >= 1 else "") for x in nats
-            ]  # of a total near zero a share says nothing
+            # Of a total near zero a share says nothing.
+            cells = [f"{x:+.2f}" + (f" ({x / total:.0%})" if abs(total) >= 1 else "") for x in nats]
             rows.append([name, side, f"{total:+.1f}", *cells])
     return markdown(["model", "side", "log π - log π_ref", *tokens["kinds"]], rows)
 

@@ -27,10 +27,6 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
-def last_record(checkpoint_path):
-    return json.loads(checkpoint_path.with_suffix(".jsonl").read_text().splitlines()[-1])
-
-
 def equal_weights(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
@@ -76,13 +72,9 @@ def test_the_pipeline_leaves_checkpoints_logs_results_and_figures(folder):
         "dpo_curves.png",
     } <= plots
 
-    sft_log = [
-        json.loads(line) for line in (folder / "runs" / "sft.jsonl").read_text().splitlines()
-    ]
+    sft_log = evaluate.read_log(folder / "runs" / "sft.pt")
     assert sft_log[-1]["gap"] < sft_log[0]["gap"] and sft_log[-1]["equations"] == 60 * 32
-    dpo_log = [
-        json.loads(line) for line in (folder / "runs" / "dpo.jsonl").read_text().splitlines()
-    ]
+    dpo_log = evaluate.read_log(folder / "runs" / "dpo.pt")
     assert [record["step"] for record in dpo_log] == [0, 1, 2, 3, 4]
     assert dpo_log[0]["own/kl"] == 0 and dpo_log[4]["own/kl"] != 0
     # At the first step policy and reference agree: no reward, and a loss of log 2.
@@ -200,11 +192,11 @@ def test_two_processes_train_one_model(folder, tmp_path):
     run(train_sft, *TINY, "--batch-size", 16, "--steps", 3, "--out", alone)
     head, head_alone = (weights(path)["head.weight"] for path in (together, alone))
     assert (head - head_alone).abs().max() > 1e-3  # rounding alone stays far below
-    assert last_record(together)["equations"] == 3 * 32
+    assert evaluate.read_log(together)[-1]["equations"] == 3 * 32
 
     torchrun("train_dpo.py", "--sft", together, "--steps", 2, "--batch-size", 16, "--out", dpo)
     assert weights(dpo).keys() == weights(alone).keys()
-    assert last_record(dpo)["pairs"] == 2 * 16  # so short an SFT gives no preferred answer
+    assert evaluate.read_log(dpo)[-1]["pairs"] == 2 * 16  # no answer is preferred so soon
 
 
 def test_pairs_from_a_file(folder, tmp_path):
