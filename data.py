@@ -1,8 +1,7 @@
 """Random equations such as 43=10+30+3: the text, its tokens, and what is known exactly about it.
 
-    python data.py                              # a few equations
-    python data.py --pairs                      # a few preference pairs
-    python data.py --count 1000 --out eq.txt    # a thousand, one per line
+    python data.py                                      # a few equations
+    python data.py --pairs --count 1000 > pairs.jsonl   # a thousand preference pairs
 
 An equation is a prompt, `43=`, and a completion, `10+30+3`, closed by an end token. The sum N, the
 number of terms K and the terms are all drawn uniformly, so the probability of every equation has a
@@ -16,6 +15,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 
 import numpy as np
@@ -25,35 +25,23 @@ import torch
 
 CHARACTERS = "0123456789+="
 END = len(CHARACTERS)  # closes every equation
-PAD = END + 1  # fills the right of a batch's shorter rows
+PAD = END + 1  # fills the left of short prompts and the right of short completions
 VOCAB_SIZE = PAD + 1
-
-TOKEN_OF = {character: token for token, character in enumerate(CHARACTERS)}
+SYMBOLS = CHARACTERS + "$ "  # how decode reads END and PAD
 
 
 def encode(text):
-    """Token ids of a text, without an end token: "9=4+5" -> [9, 11, 4, 10, 5].
-
-    Raises ValueError for a character outside the vocabulary.
-    """
-    try:
-        return [TOKEN_OF[character] for character in text]
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]!r} is not one of the characters {CHARACTERS}") from None
+    """Token ids of a text, without an end token: "9=4+5" -> [9, 11, 4, 10, 5]."""
+    return [CHARACTERS.index(character) for character in text]
 
 
 def decode(tokens):
-    """Text up to the first end token: [9, 11, 4, 10, 5, END] -> "9=4+5".
+    """Text up to the first end token: [PAD, PAD, 9, 11, 4, 10, 5, END] -> "9=4+5".
 
     Without an end token the text closes with an ellipsis, which no parser takes for an answer.
-    A pad token before the end shows as "?".
     """
-    text = ""
-    for token in tokens:
-        if token == END:
-            return text
-        text += CHARACTERS[token] if token < END else "?"
-    return text + "…"
+    text, end, _ = "".join(SYMBOLS[token] for token in tokens).lstrip().partition("$")
+    return text if end else text.rstrip() + "…"
 
 
 EQUATION = re.compile(r"([1-9][0-9]*)=([1-9][0-9]*(?:\+[1-9][0-9]*)*)")
@@ -73,15 +61,14 @@ def parse(equation):
 
 def is_preferred(equation, preferred_terms):
     """Whether an answer is what we want: right, and of the preferred number of terms."""
-    parsed = parse(equation)
-    return parsed is not None and parsed[0] == sum(parsed[1]) and len(parsed[1]) == preferred_terms
+    n, terms = parse(equation) or (0, [])
+    return n == sum(terms) and len(terms) == preferred_terms
 
 
 # ---- the task: which sums, how many terms, how likely ----------------------------------------
 
 MIN_SUM = 5  # the least sum that still splits into five positive terms
 DEFAULT_MAX_SUM = 100
-MAX_SUM_RANGE = (20, 999)
 TERM_COUNTS = (2, 3, 4, 5)
 HELD_OUT = 10  # so many sums stay out of all training data
 
@@ -98,8 +85,7 @@ def held_out_sums(max_sum=DEFAULT_MAX_SUM):
 
 def seen_sums(max_sum=DEFAULT_MAX_SUM):
     """The sums that training draws from: all but the held-out ones."""
-    held_out = held_out_sums(max_sum)
-    return [n for n in range(MIN_SUM, max_sum + 1) if n not in held_out]
+    return np.setdiff1d(np.arange(MIN_SUM, max_sum + 1), held_out_sums(max_sum))
 
 
 def equation_nats(n, k):
@@ -115,7 +101,7 @@ def entropy_floor(sums):
 
     H = log 4 + mean over N and K of log C(N-1, K-1): 9.18 nats for N = 5..100.
     """
-    return float(np.mean([equation_nats(n, k) for n in sums for k in TERM_COUNTS]))
+    return float(np.mean([equation_nats(int(n), k) for n in sums for k in TERM_COUNTS]))
 
 
 def nats_per_equation(examples):
@@ -128,11 +114,10 @@ def nats_per_equation(examples):
     return float(np.mean([equation_nats(n, len(terms)) for n, terms in parsed]))
 
 
-def longest_equation(max_sum=DEFAULT_MAX_SUM):
-    """Tokens in the longest equation, the end token included: 19 up to a sum of 100."""
+def longest_completion(max_sum=DEFAULT_MAX_SUM):
+    """Characters in the longest completion: 14 up to a sum of 100."""
     most = TERM_COUNTS[-1]
-    digits = len(str(max_sum - most + 1))  # of the largest term beside four others
-    return len(f"{max_sum}=") + most * digits + (most - 1) + 1
+    return most * len(str(max_sum - most + 1)) + most - 1  # digits, and plus signs between
 
 
 # ---- the generator ---------------------------------------------------------------------------
@@ -162,220 +147,200 @@ def random_equations(rng, count, sums):
     return [(f"{n}=", completion) for n, completion in zip(sums, compositions(rng, sums, counts))]
 
 
-def random_pairs(rng, count, sums, preferred_terms, wrong_share=0.0):
-    """`count` pairs (prompt, chosen, rejected) in which chosen is right and of the preferred form.
+def random_pairs(rng, count, sums, preferred_terms):
+    """`count` pairs (prompt, chosen, rejected) of right answers to sums drawn from `sums`.
 
-    Chosen has `preferred_terms` terms. Rejected has another count of 2..5, all equally likely, and
-    is right as well; but for a share of the pairs it misses the sum by up to 10 either way.
+    Chosen has `preferred_terms` terms; rejected has another count of 2..5, all equally likely.
     """
     sums = rng.choice(sums, count)
     others = [k for k in TERM_COUNTS if k != preferred_terms]
-    miss = rng.integers(1, 11, count) * (rng.random(count) < wrong_share)
-    below = (rng.random(count) < 0.5) & (sums - miss >= MIN_SUM)
     chosen = compositions(rng, sums, np.full(count, preferred_terms))
-    rejected = compositions(rng, sums + np.where(below, -miss, miss), rng.choice(others, count))
+    rejected = compositions(rng, sums, rng.choice(others, count))
     return [(f"{n}=", c, r) for n, c, r in zip(sums, chosen, rejected)]
 
 
-# ---- batches and files -----------------------------------------------------------------------
+# ---- batches and pairs files -----------------------------------------------------------------
+
+PROMPT_WIDTH = 4  # columns of every prompt: up to three digits and the equals sign
 
 
 def collate(examples):
-    """Examples (prompt, completion) as right-padded tokens (B, T) and a completion mask (B, T).
+    """Examples (prompt, completion) as tokens (B, T) and a completion mask (B, T).
 
-    T is the longest example's length, end token included. The mask is True on the completion and
+    Prompts end and completions begin in the same column for all, whatever the number of digits:
+    a token's column is its distance from the equals sign. The mask is True on the completion and
     its end token; it is made from positions, so it never mistakes a token for padding.
-    [("9=", "4+5")] -> [[9, 11, 4, 10, 5, END]], [[False, False, True, True, True, True]]
+    [("9=", "4+5")] -> [[PAD, PAD, 9, 11, 4, 10, 5, END]], [[False] * 4 + [True] * 4]
     """
-    starts = np.array([len(prompt) for prompt, _ in examples], int)[:, None]
-    ends = starts + np.array([len(completion) for _, completion in examples], int)[:, None]
-    positions = np.arange(ends.max(initial=0) + 1)
-    tokens = np.full((len(examples), len(positions)), PAD)
-    tokens[positions < ends] = encode(
-        "".join(prompt + completion for prompt, completion in examples)
-    )
-    tokens[positions == ends] = END
-    mask = (starts <= positions) & (positions <= ends)
+    firsts = PROMPT_WIDTH - np.array([len(prompt) for prompt, _ in examples], int)[:, None]
+    ends = PROMPT_WIDTH + np.array([len(completion) for _, completion in examples], int)[:, None]
+    columns = np.arange(ends.max(initial=PROMPT_WIDTH) + 1)
+    tokens = np.full((len(examples), len(columns)), PAD)
+    text = "".join(prompt + completion for prompt, completion in examples)
+    tokens[(firsts <= columns) & (columns < ends)] = encode(text)
+    tokens[columns == ends] = END
+    mask = (PROMPT_WIDTH <= columns) & (columns <= ends)
     return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
-def read_pairs(path, max_length):
+def read_pairs(path, longest):
     """Pairs (prompt, chosen, rejected) from a file of JSON lines with exactly these keys.
 
-    Raises InputError, naming file and line, for anything that a model of `max_length` positions
-    and this vocabulary could not be trained on.
+    Raises InputError, naming file and line, for anything that a model with room for completions of
+    `longest` characters could not be trained on.
     """
-    pairs = []
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    pairs.append(parse_pair(line, max_length))
-                except ValueError as error:
-                    raise InputError(f"{path}, line {number}: {error}") from None
+            lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the pairs file {path}: {error}") from None
-    if not pairs:
-        raise InputError(f"{path} holds no pair; data.py --pairs --out {path} writes some")
+    if not lines:
+        raise InputError(f"{path} holds no pair; data.py --pairs > {path} writes some")
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            pairs.append(parse_pair(line, longest))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
     return pairs
 
 
-def parse_pair(line, max_length):
+def parse_pair(line, longest):
     """One line of a pairs file as (prompt, chosen, rejected), or a ValueError that says why not."""
-    keys = ("prompt", "chosen", "rejected")
-    try:
-        pair = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(pair, dict) or set(pair) != set(keys):
-        raise ValueError(f"a pair is an object with exactly the keys {', '.join(keys)}")
-    for key in keys:
-        if not isinstance(pair[key], str):
-            raise ValueError(f"{key} must be a string, not {json.dumps(pair[key])}")
-        try:
-            encode(pair[key])
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-    if not re.fullmatch(r"[1-9][0-9]*=", pair["prompt"]):
-        raise ValueError(
-            f"prompt must be a sum and an equals sign, such as 9=, not {pair['prompt']!r}"
-        )
-    for key in keys[1:]:
-        length = len(pair["prompt"]) + len(pair[key]) + 1
-        if length > max_length:
+    pair = json.loads(line)
+    if not isinstance(pair, dict) or set(pair) != {"prompt", "chosen", "rejected"}:
+        raise ValueError("a pair is an object with exactly the keys prompt, chosen, rejected")
+    if not re.fullmatch(r"[1-9][0-9]{0,2}=", str(pair["prompt"])):
+        raise ValueError(f"prompt must be a sum up to 999 and =, not {pair['prompt']!r}")
+    for side in ("chosen", "rejected"):
+        if not re.fullmatch(f"[{CHARACTERS}]{{0,{longest}}}", str(pair[side])):
             raise ValueError(
-                f"prompt, {key} and end token are {length} tokens; the model has room for "
-                f"{max_length}"
+                f"{side} must be at most {longest} characters of {CHARACTERS}, not {pair[side]!r}"
             )
-    return tuple(pair[key] for key in keys)
+    return pair["prompt"], str(pair["chosen"]), str(pair["rejected"])
 
 
-# ---- what the scripts share: errors in one line, files never half-written ---------------------
+# ---- what the scripts share: flags, errors in one line, files never half-written --------------
 
 
 class InputError(Exception):
     """Input that cannot be used. The message is one line: what is wrong and what to do."""
 
 
-def diverged(step, losses, out):
-    """The error of a run whose loss is not finite any more at `step`."""
-    last = f"it was {losses[-1]:.3f} the step before" if losses else "in the first step"
-    return InputError(
-        f"the loss is not finite at step {step} ({last}); {out} is not touched; try a lower --lr"
+def positive_int(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def positive_float(text):
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def seed(text):
+    if not 0 <= int(text) < 2**32:
+        raise ValueError
+    return int(text)
+
+
+def max_sum(text):
+    if not 20 <= int(text) <= 999:
+        raise argparse.ArgumentTypeError(f"{text} is not from 20 to 999")
+    return int(text)
+
+
+def make_parser(description, parents=()):
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=description, parents=parents, formatter_class=formatter
     )
+    parser.add_argument("--seed", type=seed, default=0, help="of all that is random")
+    return parser
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with its errors in one line."""
-
-    def error(self, message):
-        raise InputError(f"{message} (--help lists the options)")
+def training_flags():
+    """The flags that both training scripts have; each sets its own defaults."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--steps", type=positive_int, help="updates of the weights")
+    add("--batch-size", type=positive_int, help="prompts a step")
+    add("--lr", type=positive_float, help="highest learning rate")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    add("--out", help="checkpoint to write; its log goes beside it, as .jsonl")
+    return parser
 
 
 def run_script(main):
-    """Runs a script: bad input ends in one line and exit status 2, Ctrl-C in silence and 130."""
-    script = os.path.basename(sys.argv[0])
+    """Runs a script: bad input ends in one line and status 2, Ctrl-C and SIGTERM without fuss."""
+    name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks for all
-            print(f"{script}: error: {error}", file=sys.stderr)
+        process = "" if rank is None else f" in process {rank}"
+        print(f"{name}: error{process}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
+        print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has left: `data.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
-def replacing(path, mode="w"):
-    """Opens a temporary file beside `path` that replaces it when the block ends well."""
-    temporary = f"{path}.tmp"
+def replacing(*paths, keep=True):
+    """Temporary binary files beside `paths`, which replace them together if the block ends well.
+
+    With `keep` off, in all processes of a run but the first, what is written goes nowhere.
+    """
+    temporary = [f"{path}.{os.getpid()}.tmp" if keep else os.devnull for path in paths]
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        if os.path.isdir(path):
-            raise IsADirectoryError("it is a folder")
-        with open(temporary, mode) as file:
-            yield file
-        os.replace(temporary, path)
+        with contextlib.ExitStack() as stack:
+            for path in paths:
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                if os.path.isdir(path):
+                    raise IsADirectoryError("it is a folder")
+            files = [stack.enter_context(open(name, "wb")) for name in temporary]
+            yield files
+            for file in files if keep else []:
+                file.flush()
+                os.fsync(file.fileno())
+        for name, path in zip(temporary, paths) if keep else []:
+            os.replace(name, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from None
+        raise InputError(f"cannot write {' or '.join(map(str, paths))}: {error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)  # still there only if the block failed
+        for name in temporary if keep else []:
+            with contextlib.suppress(OSError):
+                os.remove(name)  # still there only if the block failed
 
 
 # ---- command line ----------------------------------------------------------------------------
 
 
-def integer_in(least, most):
-    """An argparse type: an integer from `least` to `most`."""
-
-    def convert(text):
-        if not re.fullmatch(r"[+-]?[0-9]+", text) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {most}")
-        return int(text)
-
-    return convert
-
-
-def positive_number(text):
-    """An argparse type: a finite number above zero."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Print or write random equations or preference pairs.")
-    parser.add_argument(
-        "--count", type=integer_in(1, 10**9), default=10, help="how many (%(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=integer_in(0, 2**63 - 1), default=0, help="of the generator (%(default)s)"
-    )
-    parser.add_argument(
-        "--max-sum",
-        type=integer_in(*MAX_SUM_RANGE),
-        default=DEFAULT_MAX_SUM,
-        help="largest sum (%(default)s)",
-    )
-    parser.add_argument(
-        "--pairs",
-        action="store_true",
-        help="preference pairs as JSON lines {prompt, chosen, rejected}",
-    )
-    parser.add_argument(
-        "--preferred-terms",
-        type=integer_in(2, 5),
-        default=3,
-        help="terms of the chosen side (%(default)s)",
-    )
-    parser.add_argument("--out", metavar="FILE", help="write here, not to the terminal")
+    parser = make_parser("Print random equations, or preference pairs.")
+    add = parser.add_argument
+    add("--count", type=positive_int, default=10, help="how many")
+    add("--max-sum", type=max_sum, default=DEFAULT_MAX_SUM, help="largest sum")
+    add("--pairs", action="store_true", help="JSON lines {prompt, chosen, rejected}")
+    add("--preferred-terms", type=int, choices=TERM_COUNTS, default=3, help="of the chosen side")
     return parser.parse_args(argv)
 
 
 def main(args):
-    rng = np.random.default_rng(args.seed)
-    sums = np.array(seen_sums(args.max_sum))
-    with replacing(args.out) if args.out else contextlib.nullcontext(sys.stdout) as file:
-        for start in range(0, args.count, 1000):
-            count = min(1000, args.count - start)
-            if args.pairs:
-                for prompt, chosen, rejected in random_pairs(
-                    rng, count, sums, args.preferred_terms
-                ):
-                    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-                    print(json.dumps(pair), file=file)
-            else:
-                for prompt, completion in random_equations(rng, count, sums):
-                    print(prompt + completion, file=file)
+    rng, sums = np.random.default_rng(args.seed), seen_sums(args.max_sum)
+    for start in range(0, args.count, 1000):
+        count = min(1000, args.count - start)
+        if args.pairs:
+            for pair in random_pairs(rng, count, sums, args.preferred_terms):
+                print(json.dumps(dict(zip(("prompt", "chosen", "rejected"), pair))))
+        else:
+            for prompt, completion in random_equations(rng, count, sums):
+                print(prompt + completion)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ purpose: epochs, data files, resuming (a run takes minutes). train_dpo.py has th
 the same order: a diff of the two files shows what DPO changes.
 """
 
-import json
-import math
 import time
 
 import numpy as np
@@ -18,29 +16,29 @@ from tqdm import tqdm
 
 from data import (
     DEFAULT_MAX_SUM,
-    MAX_SUM_RANGE,
-    ArgumentParser,
     InputError,
     collate,
-    diverged,
     entropy_floor,
-    integer_in,
+    make_parser,
+    max_sum,
     nats_per_equation,
-    positive_number,
+    positive_int,
     random_equations,
+    replacing,
     run_script,
     seen_sums,
+    training_flags,
 )
 from model import (
     GPT,
     GPTConfig,
-    Muon,
+    add_up,
     completion_logps,
-    data_parallel,
     find_device,
     join_processes,
-    open_log,
+    log_path,
     save_checkpoint,
+    write_record,
 )
 
 LOGGED = 30  # times a run
@@ -49,71 +47,41 @@ VALIDATION_SIZE = 1000
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Train a small Transformer on random equations.")
+    parser = make_parser("Train a small Transformer on random equations.", [training_flags()])
+    parser.set_defaults(steps=2800, batch_size=256, lr=1.2e-2, out="runs/sft.pt")
     add = parser.add_argument
-    # the model, written into the checkpoint
-    add("--depth", type=integer_in(1, 100), default=6, help="blocks (%(default)s)")
-    add(
-        "--width", type=integer_in(1, 4096), default=48, help="of the residual stream (%(default)s)"
-    )
-    add("--heads", type=integer_in(1, 4096), default=4, help="of attention (%(default)s)")
-    add(
-        "--max-sum",
-        type=integer_in(*MAX_SUM_RANGE),
-        default=DEFAULT_MAX_SUM,
-        help="largest sum (%(default)s)",
-    )
-    # the run
-    add("--steps", type=integer_in(1, 10**9), default=3000, help="updates (%(default)s)")
-    add(
-        "--batch-size",
-        type=integer_in(1, 10**6),
-        default=256,
-        help="equations a step (%(default)s)",
-    )
-    add(
-        "--lr",
-        type=positive_number,
-        default=1.2e-2,
-        help="highest learning rate; a batch of 64 wants half of it (%(default)s)",
-    )
-    add(
-        "--seed",
-        type=integer_in(0, 2**32),
-        default=0,
-        help="of weights and equations (%(default)s)",
-    )
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
-    add("--out", default="runs/sft.pt", help="checkpoint to write (%(default)s)")
+    add("--depth", type=positive_int, default=6, help="blocks")
+    add("--width", type=positive_int, default=48, help="of the residual stream")
+    add("--heads", type=positive_int, default=4, help="of attention")
+    add("--max-sum", type=max_sum, default=DEFAULT_MAX_SUM, help="largest sum, 20 to 999")
     args = parser.parse_args(argv)
     if args.width % args.heads:
-        raise InputError(f"--width {args.width} is not a multiple of --heads {args.heads}")
+        parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
     return args
 
 
 def main(args):
     # ---- setup
-    rank, world = join_processes(args)
     device = find_device(args.device)
+    rank, world = join_processes(device)
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng([args.seed, rank])
+    rng = np.random.default_rng(args.seed)
 
     # ---- model
     model = GPT(GPTConfig(args.depth, args.width, args.heads, args.max_sum)).to(device)
-    parallel_model = data_parallel(model, world)
 
     # ---- data: fresh equations for every step, and a fixed set for validation
-    sums = np.array(seen_sums(args.max_sum))
-    floor = entropy_floor(sums.tolist())
+    sums = seen_sums(args.max_sum)
+    floor = entropy_floor(sums)
     validation = random_equations(np.random.default_rng(VALIDATION_SEED), VALIDATION_SIZE, sums)
     validation_floor = nats_per_equation(validation)
     validation_batch = [x.to(device) for x in collate(validation)]
 
     # ---- optimizer: Muon for the matrices inside the blocks, AdamW for all else
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "blocks" not in name]
     optimizers = [
-        Muon(matrices, args.lr),
+        torch.optim.Muon(matrices, args.lr, weight_decay=0),
         torch.optim.AdamW(others, args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
     ]
     rise = max(1, round(0.03 * args.steps))
@@ -126,22 +94,24 @@ def main(args):
     log_every = max(1, args.steps // LOGGED)
     losses, seconds = [], 0.0
     with (
-        open_log(args.out, rank) as log,
+        replacing(args.out, log_path(args.out), keep=rank == 0) as (checkpoint_file, log),
         tqdm(total=args.steps, desc="SFT", disable=rank > 0) as bar,
     ):
         for step in range(1, args.steps + 1):
-            # ---- batch
+            # ---- batch: one draw for all processes, of which each takes its part
             started = time.perf_counter()
-            examples = random_equations(rng, args.batch_size // world, sums)
+            examples = random_equations(rng, args.batch_size, sums)[rank::world]
             tokens, completion_mask = (x.to(device) for x in collate(examples))
 
             # ---- loss: nats per equation
-            loss = -completion_logps(parallel_model, tokens, completion_mask).mean()
+            loss = -completion_logps(model, tokens, completion_mask).sum() / args.batch_size
 
             # ---- update
-            if not loss.isfinite():
-                raise diverged(step, losses, args.out)
             loss.backward()
+            loss = loss.detach()
+            add_up([loss, *(p.grad for p in model.parameters())])
+            if not loss.isfinite():
+                raise InputError(f"the loss is not finite at step {step}: try a lower --lr")
             for optimizer, schedule in zip(optimizers, schedules):
                 optimizer.step()
                 optimizer.zero_grad()
@@ -151,11 +121,9 @@ def main(args):
             losses.append(loss.item())
             seconds += time.perf_counter() - started  # of training: measurements are not counted
             bar.update()
-            if rank == 0 and (step % log_every == 0 or step == args.steps):
+            if step % log_every == 0 or step == args.steps:
                 with torch.no_grad():
                     validation_loss = -completion_logps(model, *validation_batch).mean().item()
-                if not math.isfinite(validation_loss):
-                    raise diverged(step, losses, args.out)
                 record = {
                     "step": step,
                     "equations": step * args.batch_size,
@@ -164,12 +132,13 @@ def main(args):
                     "floor": floor,
                     "gap": validation_loss - validation_floor,
                 }
-                print(json.dumps(record), file=log, flush=True)
+                write_record(log, record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", gap=f"{record['gap']:.3f}")
 
-    # ---- save
+        # ---- save
+        save_checkpoint(checkpoint_file, model, vars(args))
     if rank == 0:
-        save_checkpoint(args.out, model, vars(args))
+        print(f"The model is in {args.out}, its log in {log_path(args.out)}.")
 
 
 if __name__ == "__main__":
