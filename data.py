@@ -59,10 +59,15 @@ def parse(equation):
     return int(match[1]), [int(term) for term in match[2].split("+")]
 
 
+def is_exact(equation):
+    """Whether an answer is an equation, and its terms add up."""
+    n, terms = parse(equation) or (1, [])
+    return n == sum(terms)
+
+
 def is_preferred(equation, preferred_terms):
     """Whether an answer is what we want: right, and of the preferred number of terms."""
-    n, terms = parse(equation) or (0, [])
-    return n == sum(terms) and len(terms) == preferred_terms
+    return is_exact(equation) and equation.count("+") == preferred_terms - 1
 
 
 # ---- the task: which sums, how many terms, how likely ----------------------------------------

@@ -1,94 +1,68 @@
-"""What the checkpoints answer, measured and drawn.
+"""What the checkpoints answer, measured, held against the exact optimum, and drawn.
 
-    python evaluate.py                # every checkpoint in runs/: tables and figures in plots/
+    python evaluate.py                # every checkpoint in runs/: results and figures in plots/
     python evaluate.py --ask 100 57   # what each of them answers to 100= and 57=
 
-Every model answers every sum, greedily once and sampled many times; an answer counts as exact if it
-parses and its terms add up. Left out on purpose: anything that trains.
+Every model answers every sum, greedily once and sampled many times. An answer is exact if it parses
+and its terms add up, and preferred if it has the preferred number of terms besides. Left out on
+purpose: anything that trains.
 """
 
-import functools
 import glob
+import itertools
 import json
+import math
 import os
 import platform
-import re
 from collections import Counter
 
 import matplotlib
 import numpy as np
 import torch
 
-from data import (
-    MIN_SUM,
-    ArgumentParser,
-    InputError,
-    collate,
-    decode,
-    held_out_sums,
-    integer_in,
-    is_preferred,
-    nats_per_equation,
-    parse,
-    random_equations,
-    random_pairs,
-    replacing,
-    run_script,
-    seen_sums,
-)
-from model import completion_logps, find_device, generate, load_checkpoint, log_path, token_logps
-from plots import figures
+from data import MIN_SUM, InputError, collate, decode, held_out_sums, is_preferred, make_parser
+from data import nats_per_equation, parse, positive_int, random_equations, random_pairs, replacing
+from data import run_script, seen_sums
+from model import completion_logps, find_device, fingerprint, generate, load_checkpoint, log_path
+from model import token_logps
+from plots import figures, tables
 
-CHUNK = 10_000  # sequences at a time
+CHUNK = 1000  # answers are generated at a time
 TOKEN_SEED = 1_000_003
+TOKEN_PAIRS = 2000
 GAP_SEED = 1_000_004  # of the equations on which the gap to the entropy floor is measured
 GAP_SIZE = 20_000
-PASSED = 0.97  # the preferred share at which a run counts as having learned the preference
+ENUMERABLE = 200_000  # preferred answers; where there are more of them, p_N is sampled
+SHOWN_SUMS = (100, 57, 43)  # an answer to each is shown of every model
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Measure what checkpoints answer, and draw it.")
+    parser = make_parser("Measure what checkpoints answer, and draw it.")
     add = parser.add_argument
-    add(
-        "checkpoints", nargs="*", metavar="CHECKPOINT", help="models to evaluate (all of runs/*.pt)"
-    )
-    add("--sft", default="runs/sft.pt", help="the reference that KL is measured from (%(default)s)")
-    add(
-        "--samples",
-        type=integer_in(1, 10**6),
-        default=100,
-        help="sampled answers of every sum (%(default)s)",
-    )
-    add(
-        "--ask",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="only print what each checkpoint answers to N=",
-    )
-    add("--plots-dir", default="plots", help="folder of figures and results.json (%(default)s)")
-    add(
-        "--replot",
-        action="store_true",
-        help="only redraw the figures, from the JSON files in --plots-dir",
-    )
-    add(
-        "--seeds",
-        nargs="+",
-        metavar="FILE",
-        help="results.json of runs with other seeds, for means and deviations",
-    )
-    add(
-        "--readme",
-        metavar="FILE",
-        help="write the tables between their markers in this Markdown file",
-    )
-    add("--seed", type=integer_in(0, 2**32), default=0, help="of the samples (%(default)s)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
-    return parser.parse_args(argv)
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="models to evaluate, or runs/*.pt")
+    add("--sft", default="runs/sft.pt", help="the reference")
+    add("--samples", type=positive_int, default=100, help="sampled answers to every sum")
+    add("--ask", nargs="+", type=positive_int, metavar="N", help="only print the answers to N=")
+    add("--plots-dir", default="plots", help="folder of results.json and the figures")
+    add("--replot", action="store_true", help="only redraw, from the JSON files in --plots-dir")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    args = parser.parse_args(argv)
+    if max(args.ask or [0]) > 999:
+        parser.error("--ask takes sums up to 999: the models read three digits")
+    return args
 
 
 # ---- metrics ---------------------------------------------------------------------------------
+
+
+def answer(model, sums, greedy=False, generator=None):
+    """The answers to each of `sums` as text, and their (tokens, completion mask) in chunks."""
+    equations, chunks = [], []
+    for start in range(0, len(sums), CHUNK):
+        prompts = [f"{n}=" for n in sums[start : start + CHUNK]]
+        chunks.append(generate(model, prompts, greedy, generator))
+        equations += [decode(row) for row in chunks[-1][0].tolist()]
+    return equations, chunks
 
 
 def measure(equations, preferred_terms):
@@ -106,100 +80,119 @@ def measure(equations, preferred_terms):
         "parse_rate": len(parsed) / n,
         "mae": sum(errors) / len(errors) if errors else None,
         "exact": errors.count(0) / n,
-        "preferred": counts[preferred_terms] / n,
+        "preferred": exact_counts[preferred_terms] / n,
         "counts": {str(k): counts[k] / n for k in sorted(counts)},
         "exact_counts": {str(k): exact_counts[k] / n for k in sorted(exact_counts)},
         "n": n,
     }
 
 
-def answer(model, sums, greedy=False, generator=None):
-    """The answers to each of `sums` as text, and their tokens and completion masks in chunks."""
-    equations, chunks = [], []
-    for start in range(0, len(sums), CHUNK):
-        prompts = [f"{n}=" for n in sums[start : start + CHUNK]]
-        tokens, completion_mask = generate(model, prompts, greedy, generator)
-        equations += [decode(row) for row in tokens.tolist()]
-        chunks.append((tokens, completion_mask))
-    return equations, chunks
-
-
-def kl_from(reference, model, chunks):
-    """KL(model || reference) in nats and its standard error, from samples of the model."""
+def log_ratios(model, reference, chunks):
+    """log pi - log pi_ref of sampled answers, in nats: (answers,)."""
     with torch.no_grad():
-        log_ratios = torch.cat(
-            [
-                completion_logps(model, *chunk) - completion_logps(reference, *chunk)
-                for chunk in chunks
-            ]
-        )
-    return log_ratios.mean().item(), (log_ratios.std() / len(log_ratios) ** 0.5).item()
+        return torch.cat(
+            [completion_logps(model, *c) - completion_logps(reference, *c) for c in chunks]
+        ).cpu()
 
 
-# ---- theory: the oracle ----------------------------------------------------------------------
+def gap_to_floor(model):
+    """Nats per equation by which the model's loss exceeds the entropy floor, on the seen sums."""
+    sums = seen_sums(model.config.max_sum)
+    examples = random_equations(np.random.default_rng(GAP_SEED), GAP_SIZE, sums)
+    tokens, completion_mask = (x.to(model.head.weight.device) for x in collate(examples))
+    with torch.no_grad():
+        loss = -completion_logps(model, tokens, completion_mask).mean().item()
+    return loss - nats_per_equation(examples)
 
 
-def oracle(reference, max_sum, preferred_terms, samples, generator):
-    """The ideal that DPO should reach, by rejection sampling from the reference.
+# ---- theory: what the best policy would pay --------------------------------------------------
+#
+# p_N is the share of preferred answers to N that the reference gives. With reward r for preferred
+# answers and 0 for others, the optimum of the KL-penalised objective (arXiv 2305.18290, eq. 4)
+# multiplies their odds by t = exp(r / beta) and changes nothing within the two classes. Over all t
+# the points (share, KL) are the frontier: no policy has a larger share at that KL.
 
-    Of all policies that give none but preferred answers the nearest to the reference is the
-    reference conditioned on them (the limit of arXiv 2305.18290, eq. 4, for a reward of -inf on all
-    else); its KL is the mean over N of -log p_ref(preferred | N). Returns that least KL in nats,
-    its standard error, and the `first_terms` of two independent draws of the oracle. The KL is None
-    where some sum got no preferred answer in 2 * `samples` tries.
+
+def preferred_shares(reference, preferred_terms, generator):
+    """p_N for N = 5, 6, ...: (sums,), float64; and whether they are exact, by enumeration."""
+    sums = range(MIN_SUM, reference.config.max_sum + 1)
+    numbers = [math.comb(n - 1, preferred_terms - 1) for n in sums]
+    if sum(numbers) > ENUMERABLE:
+        tries = 10 * CHUNK
+        equations = (answer(reference, [n] * tries, generator=generator)[0] for n in sums)
+        found = [sum(is_preferred(e, preferred_terms) for e in some) for some in equations]
+        return (torch.tensor(found, dtype=torch.float64) + 0.5) / (tries + 1), False
+    examples = []
+    for n in sums:
+        for cuts in itertools.combinations(range(1, n), preferred_terms - 1):
+            terms = np.diff((0, *cuts, n)).tolist()
+            examples.append((f"{n}=", "+".join(map(str, terms))))
+    tokens, completion_mask = (x.to(reference.head.weight.device) for x in collate(examples))
+    with torch.no_grad():
+        probabilities = completion_logps(reference, tokens, completion_mask).double().exp()
+    return torch.stack([part.sum() for part in probabilities.cpu().split(numbers)]), True
+
+
+def tilt(p, log_t):
+    """Mean share and KL in nats of the optimum whose odds of p (sums,) are multiplied by t."""
+    odds = p.logit() + log_t
+    normalizer = torch.logaddexp(p.log() + log_t, (-p).log1p())  # log(p t + 1 - p)
+    return odds.sigmoid().mean().item(), (odds.sigmoid() * log_t - normalizer).mean().item()
+
+
+def frontier_at(p, share):
+    """(KL, log t) of the frontier at a mean share, by bisection; 0 where the reference has it."""
+    low, high = 0.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tilt(p, middle)[0] < share else (low, middle)
+    return tilt(p, low)[1], low
+
+
+def best_of(p, n):
+    """Mean share and KL in nats of the best of n answers of the reference."""
+    share = 1 - (1 - p) ** n
+    return share.mean().item(), coin_kl(share, p).mean().item()
+
+
+def coin_kl(s, p):
+    """KL of two coins that fall on preferred with probability s and p, elementwise."""
+    return torch.xlogy(s, s / p) + torch.xlogy(1 - s, (1 - s) / (1 - p))
+
+
+def split_kl(ratios, good, p):
+    """The KL from the reference and its parts, each as [mean, standard error] in nats.
+
+    `ratios`, log pi - log pi_ref, and `good`, whether preferred, are (sums, samples) of the
+    policy's own answers; p (sums,). With E the preferred answers and s their share,
+        KL = kl(s || p) + s KL(pi_E || ref_E) + (1 - s) KL(pi_notE || ref_notE)
+    is what the preference needs, drift among preferred answers, and drift among all others. The
+    excess is KL less that of the frontier at the mean share. Errors by the delta method; the bias
+    of s log s with a sampled s, (1 - s) / 2n to first order, is taken off.
     """
-    sums = np.repeat(np.arange(MIN_SUM, max_sum + 1), samples)
-    draws = [answer(reference, sums, generator=generator)[0] for _ in range(2)]
-    preferred = np.array([[is_preferred(text, preferred_terms) for text in draw] for draw in draws])
-    p = preferred.reshape(2, -1, samples).mean((0, 2))  # (sums,)
-    if p.min() > 0:
-        least_kl = float(-np.log(p).mean())
-        variances = (1 - p) / (p * 2 * samples)  # of each log p, by the delta method
-        error = float(np.sqrt(variances.sum()) / len(p))
-    else:
-        least_kl = error = None
-    return least_kl, error, [first_terms(draw, max_sum, preferred_terms) for draw in draws]
-
-
-def first_terms(equations, max_sum, count=None):
-    """Shares of the first terms 0, 1, 2, ... of right answers of `count` terms, or of any number.
-
-    All sums weigh alike. None if there is no such answer.
-    """
-    table = np.zeros((max_sum + 1, max_sum + 1))  # (sum, first term)
-    for n, terms in filter(None, map(parse, equations)):
-        if n == sum(terms) and count in (None, len(terms)):
-            table[n, terms[0]] += 1
-    answered = table[table.sum(1) > 0]
-    if not len(answered):
-        return None
-    return (answered / answered.sum(1, keepdims=True)).mean(0).tolist()
-
-
-def one_digit(first_term_shares):
-    """The share of first terms of one digit."""
-    return None if first_term_shares is None else sum(first_term_shares[:10])
-
-
-def kl_on_passing(log):
-    """KL in nats of the policy in a DPO log when its own preferred share first reached PASSED."""
-    return next((r["own/kl"] for r in log if r.get("own/preferred", 0) >= PASSED), None)
-
-
-def over(kl, least_kl):
-    return kl / least_kl if kl is not None and least_kl else None
-
-
-def total_variation(one, other):
-    """Half the sum of absolute differences of two distributions; None if either is missing."""
-    return (
-        None if one is None or other is None else float(np.abs(np.subtract(one, other)).sum() / 2)
-    )
+    ratios, good = ratios.double(), good.double()
+    s, n = good.mean(1), good.shape[1]
+    inside = s.clamp(0.5 / n, 1 - 0.5 / n)  # where logs and slopes are finite
+    log_s, log_not = (inside / p).log(), ((1 - inside) / (1 - p)).log()  # (sums,)
+    least, log_t = frontier_at(p, s.mean().clamp(max=1 - 0.5 / good.numel()).item())
+    bias = torch.where((s > 0) & (s < 1), 0.5 / n, 0.0)
+    needed = coin_kl(s, p) - bias
+    drift = (ratios * good).mean(1) - torch.xlogy(s, s / p) + bias * (1 - s)
+    other = (ratios * (1 - good)).mean(1) - torch.xlogy(1 - s, (1 - s) / (1 - p)) + bias * s
+    slopes = (log_s - log_not)[:, None], (log_s + 1)[:, None], (log_not + 1)[:, None]
+    parts = {  # mean, and the sample's influence on it (sums, samples)
+        "total": (ratios.mean(), ratios),
+        "needed": (needed.mean(), slopes[0] * good),
+        "preferred": (drift.mean(), (ratios - slopes[1]) * good),
+        "others": (other.mean(), (ratios - slopes[2]) * (1 - good)),
+        "excess": (ratios.mean() - least, ratios - log_t * good),
+    }
+    errors = {name: (x.var(1) / n).sum().sqrt() / len(p) for name, (_, x) in parts.items()}
+    return {name: [mean.item(), errors[name].item()] for name, (mean, _) in parts.items()}
 
 
 # ---- which token pays ------------------------------------------------------------------------
 
-PAIRS_LOOKED_AT = 2000
 TOKEN_KINDS = ("end token", "plus signs", "last term", "other digits")
 
 
@@ -217,343 +210,97 @@ def token_logratios(model, reference, examples):
     """log pi - log pi_ref of every completion token: a list of arrays, nats."""
     tokens, completion_mask = (x.to(model.head.weight.device) for x in collate(examples))
     with torch.no_grad():
-        difference = token_logps(model, tokens, completion_mask) - token_logps(
-            reference, tokens, completion_mask
-        )
-    return [row[mask].cpu().numpy() for row, mask in zip(difference, completion_mask[:, 1:])]
+        policy, ref = (token_logps(m, tokens, completion_mask) for m in (model, reference))
+    return [row[mask].cpu().numpy() for row, mask in zip(policy - ref, completion_mask[:, 1:])]
 
 
-def who_pays(models, reference, max_sum, preferred_terms):
-    """Where in chosen and rejected answers each model differs from the reference.
+def who_pays(model, reference, preferred_terms):
+    """Where in the answers of the generator's pairs a model differs from the reference.
 
-    Of `PAIRS_LOOKED_AT` pairs of the generator: mean nats per answer by kind of token; and token by
-    token for the first few of sums of two digits.
+    For chosen and rejected: mean nats per answer by kind of token, over TOKEN_PAIRS pairs; and
+    token by token the first three pairs of sums of two digits.
     """
-    pairs = random_pairs(
-        np.random.default_rng(TOKEN_SEED),
-        PAIRS_LOOKED_AT,
-        np.array(seen_sums(max_sum)),
-        preferred_terms,
-    )
-    result = {"kinds": list(TOKEN_KINDS), "models": {}, "strings": []}
-    shown = [pair for pair in pairs if len(pair[0]) == 3][:3]
-    strings = [
-        (prompt, text, side)
-        for prompt, *texts in shown
-        for side, text in zip(("chosen", "rejected"), texts)
-    ]
-    strings.sort(key=lambda string: string[2])
-    for name, model in models.items():
-        result["models"][name] = {}
-        for side, column in (("chosen", 1), ("rejected", 2)):
-            examples = [(pair[0], pair[column]) for pair in pairs]
-            by_kind = np.zeros(len(TOKEN_KINDS))
-            for (_, completion), row in zip(examples, token_logratios(model, reference, examples)):
-                np.add.at(by_kind, token_kinds(completion), row)
-            result["models"][name][side] = (by_kind / len(pairs)).tolist()
-    for prompt, text, side in strings:
-        rows = {
-            name: token_logratios(model, reference, [(prompt, text)])[0].tolist()
-            for name, model in models.items()
-        }
-        result["strings"].append({"prompt": prompt, "text": text, "side": side, "nats": rows})
+    rng, sums = np.random.default_rng(TOKEN_SEED), seen_sums(model.config.max_sum)
+    pairs = random_pairs(rng, TOKEN_PAIRS, sums, preferred_terms)
+    shown = [i for i, (prompt, *_) in enumerate(pairs) if len(prompt) == 3][:3]
+    result = {"strings": []}
+    for side, column in (("chosen", 1), ("rejected", 2)):
+        examples = [(pair[0], pair[column]) for pair in pairs]
+        rows = token_logratios(model, reference, examples)
+        by_kind = np.zeros(len(TOKEN_KINDS))
+        for (_, completion), row in zip(examples, rows):
+            np.add.at(by_kind, token_kinds(completion), row)
+        result[side] = dict(zip(TOKEN_KINDS, (by_kind / len(pairs)).tolist()))
+        for i in shown:
+            prompt, text = examples[i]
+            string = {"prompt": prompt, "side": side, "text": text, "nats": rows[i].tolist()}
+            result["strings"].append(string)
     return result
 
 
-def gap_to_floor(model, max_sum):
-    """Nats per equation by which the model's loss exceeds the entropy floor, on the seen sums."""
-    examples = random_equations(
-        np.random.default_rng(GAP_SEED), GAP_SIZE, np.array(seen_sums(max_sum))
-    )
-    device = model.head.weight.device
-    with torch.no_grad():
-        losses = torch.cat(
-            [
-                -completion_logps(
-                    model, *(x.to(device) for x in collate(examples[start : start + CHUNK]))
-                )
-                for start in range(0, GAP_SIZE, CHUNK)
-            ]
-        )
-    return losses.mean().item() - nats_per_equation(examples)
+# ---- one model -------------------------------------------------------------------------------
 
 
-def evaluate(model, reference, max_sum, preferred_terms, samples, seed):
-    """What results.json says of one model's answers, and some of its sampled answers."""
+def evaluate(model, reference, p, preferred_terms, samples, seed):
+    """What results.json says of one model's answers."""
     generator = torch.Generator(model.head.weight.device).manual_seed(seed)
+    sums = np.arange(MIN_SUM, model.config.max_sum + 1)
     result = {}
     for decoding, per_sum in (("greedy", 1), ("sampled", samples)):
-        sums = np.repeat(np.arange(MIN_SUM, max_sum + 1), per_sum)
-        equations, chunks = answer(model, sums, decoding == "greedy", generator)
-        held_out = np.isin(sums, held_out_sums(max_sum))
-        splits = {"all": held_out | True, "seen": ~held_out, "held_out": held_out}
+        asked = np.repeat(sums, per_sum)
+        equations, chunks = answer(model, asked, decoding == "greedy", generator)
+        held_out = np.isin(asked, held_out_sums(model.config.max_sum))
+        splits = {"all": np.full(len(asked), True), "seen": ~held_out, "held_out": held_out}
         result[decoding] = {
-            split: measure([equations[i] for i in rows.nonzero()[0]], preferred_terms)
+            split: measure(list(itertools.compress(equations, rows)), preferred_terms)
             for split, rows in splits.items()
         }
-    result["kl"], result["kl_se"] = kl_from(reference, model, chunks)
-    return result, equations
+    good = torch.tensor([is_preferred(equation, preferred_terms) for equation in equations])
+    ratios = log_ratios(model, reference, chunks)
+    result["kl"] = split_kl(ratios.view(-1, samples), good.view(-1, samples), p)
+    exact = [measure(equations[i : i + samples], 0)["exact"] for i in range(0, len(asked), samples)]
+    result["exact_at_largest"] = exact[-1]
+    result["lowest_exact"] = [min(exact), int(sums[np.argmin(exact)])]
+    outside = [n for n in outside_sums(model.config.max_sum) for _ in range(samples)]
+    result["outside"] = measure(answer(model, outside, generator=generator)[0], preferred_terms)
+    result["answers"] = answer(model, SHOWN_SUMS, generator=generator)[0]
+    wrong = [equation for equation in equations if not mark(equation, None).startswith("✓")]
+    result["mistakes"] = list(np.random.default_rng(seed).permutation(wrong)[:3])
+    return result
 
 
-# ---- tables: Markdown, made from results.json alone ----------------------------------------------
-
-
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value, digits=3):
-    return "none" if value is None else f"{value:.{digits}f}"
-
-
-def results_table(results):
-    rows = []
-    for name, result in results["models"].items():
-        for decoding in ("greedy", "sampled"):
-            metrics, held_out = result[decoding]["all"], result[decoding]["held_out"]
-            rows.append(
-                [
-                    name,
-                    decoding,
-                    number(metrics["parse_rate"]),
-                    number(metrics["mae"]),
-                    number(metrics["exact"]),
-                    number(held_out["exact"]),
-                    number(metrics["preferred"]),
-                    f"{result['kl']:.2f} ± {result['kl_se']:.2f}" if decoding == "sampled" else "",
-                ]
-            )
-    return markdown(
-        [
-            "model",
-            "answers",
-            "parse rate",
-            "mean abs. error",
-            "exact",
-            "exact, held-out sums",
-            f"{results['task']['preferred_terms']} terms",
-            "KL (nats)",
-        ],
-        rows,
-    )
-
-
-def oracle_table(results):
-    ideal = results["oracle"]
-
-    rows = [
-        [
-            "oracle",
-            "1.000",
-            "1.000",
-            number(ideal["kl"], 2),
-            "1.00",
-            "",
-            f"{number(ideal['noise'])} (noise)",
-            number(one_digit(ideal["first_terms"])),
-        ]
-    ]
-    for name, result in results["models"].items():
-        metrics = result["sampled"]["all"]
-        rows.append(
-            [
-                name,
-                number(metrics["preferred"]),
-                number(metrics["exact"]),
-                number(result["kl"], 2),
-                number(result["kl_over_least"], 2),
-                number(result.get("kl_over_least_on_passing"), 2),
-                number(result.get("total_variation")),
-                number(one_digit(result["first_terms"])),
-            ]
-        )
-    return markdown(
-        [
-            "model",
-            f"{results['task']['preferred_terms']} terms",
-            "exact",
-            "KL (nats)",
-            "KL / least KL",
-            f"KL / least KL on first passing {PASSED:.0%}",
-            "first term: distance to the oracle",
-            "first term: one digit",
-        ],
-        rows,
-    )
-
-
-def recipes_table(results):
-    """The models of the same beta by where their pairs come from."""
-    rows = []
-    for result in results["models"].values():
-        if "pairs" in result and result["beta"] == results["models"].get("dpo", result)["beta"]:
-            metrics = result["sampled"]["all"]
-            rows.append(
-                [
-                    f"`--pairs {result['pairs']}`",
-                    f"{result['lr']:g}",
-                    str(result["steps"]),
-                    number(metrics["preferred"]),
-                    number(metrics["exact"]),
-                    number(metrics["mae"]),
-                    number(result["kl"], 2),
-                ]
-            )
-    return markdown(
-        [
-            "pairs",
-            "lr",
-            "steps",
-            f"{results['task']['preferred_terms']} terms",
-            "exact",
-            "mean abs. error",
-            "KL (nats)",
-        ],
-        rows,
-    )
-
-
-def tokens_table(results):
-    tokens, rows = results["tokens"], []
-    for name, sides in tokens["models"].items():
-        for side, nats in sides.items():
-            total = sum(nats)
-            # Of a total near zero a share says nothing.
-            cells = [f"{x:+.2f}" + (f" ({x / total:.0%})" if abs(total) >= 1 else "") for x in nats]
-            rows.append([name, side, f"{total:+.1f}", *cells])
-    return markdown(["model", "side", "log π - log π_ref", *tokens["kinds"]], rows)
-
-
-def seeds_table(results):
-    """One row a metric, one column a model: mean and standard deviation over the seeds."""
-    models, runs = results["seeds"]["models"], results["seeds"]["n"]
-    rows = [
-        [
-            metric,
-            *(over_seeds_cell(metrics.get(metric), runs) for metrics in models.values()),
-        ]
-        for metric in SEED_METRICS
-    ]
-    return markdown([f"over {runs} seeds", *models], rows)
-
-
-def over_seeds_cell(summary, runs):
-    if summary is None:
-        return ""
-    mean, deviation, known = summary
-    return f"{mean:.3f} ± {deviation:.3f}" + (f" (of {known})" if known < runs else "")
-
-
-def tables(results, names):
-    """Every table by its marker in the README; all but the recipes show just the models `names`."""
-    shown = results | {
-        "models": {name: results["models"][name] for name in names},
-        "tokens": results["tokens"]
-        | {"models": {k: v for k, v in results["tokens"]["models"].items() if k in names}},
-    }
-    found = {"results": results_table(shown), "oracle": oracle_table(shown)}
-    if results["tokens"]["models"]:
-        found |= {"recipes": recipes_table(results), "tokens": tokens_table(shown)}
-    if "seeds" in results:
-        found["seeds"] = seeds_table(results)
-    return found
-
-
-def readme_tables(results):
-    return tables(results, [name for name in figures.MODELS if name in results["models"]])
-
-
-def write_tables(readme, results):
-    """Puts every table between its markers, <!-- name --> and <!-- end name -->, in a README."""
-    try:
-        with open(readme, encoding="utf-8") as file:
-            text = file.read()
-    except OSError as error:
-        raise InputError(f"cannot read {readme}: {error}") from None
-    for name, table in readme_tables(results).items():
-        text = re.sub(
-            f"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
-            lambda found: f"{found[1]}{table}\n{found[2]}",
-            text,
-            flags=re.DOTALL,
-        )
-    with replacing(readme) as file:
-        file.write(text)
-
-
-SEED_METRICS = {  # row: where in a model's results
-    "gap to the entropy floor (nats)": ("gap",),
-    "exact": ("sampled", "all", "exact"),
-    "exact, held-out sums": ("sampled", "held_out", "exact"),
-    "preferred": ("sampled", "all", "preferred"),
-    "mean abs. error": ("sampled", "all", "mae"),
-    "exact, greedy": ("greedy", "all", "exact"),
-    "preferred, greedy": ("greedy", "all", "preferred"),
-    "KL (nats)": ("kl",),
-    "KL / least KL": ("kl_over_least",),
-    f"KL / least KL on first passing {PASSED:.0%}": ("kl_over_least_on_passing",),
-    "first term: distance to the oracle": ("total_variation",),
-}
-
-
-def over_seeds(runs):
-    """Mean, standard deviation and number of the values of each metric over several seeds.
-
-    A seed may lack one: without a least KL, see `oracle`, there is no ratio to it.
-    """
-    models = {}
-    for name in runs[0]["models"]:
-        if all(name in run["models"] for run in runs):
-            models[name] = {}
-            for metric, path in SEED_METRICS.items():
-                values = [functools.reduce(dict.get, path, run["models"][name]) for run in runs]
-                known = [value for value in values if value is not None]
-                if len(known) > 1:
-                    models[name][metric] = [
-                        float(np.mean(known)),
-                        float(np.std(known, ddof=1)),
-                        len(known),
-                    ]
-    return {"n": len(runs), "models": models}
+def outside_sums(max_sum):
+    """The sums just outside of the training range, where nobody promises anything."""
+    above = range(max_sum + 1, min(max_sum + 11, 1000))
+    return [*range(2, MIN_SUM), *above]
 
 
 # ---- answers to look at ----------------------------------------------------------------------
 
 
-def mark(equation):
-    """An answer with a mark: right, wrong (and by how much), or not of the form asked for."""
-    parsed = parse(equation)
-    if parsed is None:
-        return f"✗ {equation} (not an equation)"
-    error = sum(parsed[1]) - parsed[0]
-    return f"✗ {equation} (off by {error:+d})" if error else f"✓ {equation}"
+def mark(equation, preferred_terms):
+    """An answer with a mark: right and preferred, right alone, wrong (by how much), no equation."""
+    n, terms = parse(equation) or (0, [])
+    if not terms:
+        return f"✗ {equation} (no equation)"
+    if sum(terms) != n:
+        return f"✗ {equation} (off by {sum(terms) - n:+d})"
+    return f"✓ {equation}" + ("" if len(terms) == preferred_terms else f" ({len(terms)} terms)")
 
 
-def print_examples(name, equations, rng):
-    """Four answers picked at random, and up to four mistakes."""
-    picked = list(rng.choice(equations, 4))
-    mistakes = [equation for equation in equations if mark(equation).startswith("✗")]
-    some = list(rng.permutation(mistakes)[:4])
-    print(
-        f"\n{name}: four of {len(equations)} sampled answers, "
-        f"and {len(some)} of the {len(mistakes)} mistakes"
-    )
-    for left in picked + some:
-        print("  ", mark(left))
-
-
-def ask(models, sums, seed):
+def ask(models, sums, preferred_terms, seed):
     """Prints the greedy answer of every model to every sum, and three sampled ones."""
+    width = max(map(len, models))
     for n in sums:
+        max_sum = next(iter(models.values())).config.max_sum
+        if not MIN_SUM <= n <= max_sum:
+            print(f"{n} is outside of {MIN_SUM}..{max_sum}, the sums these models have learned:")
         for name, model in models.items():
             generator = torch.Generator(model.head.weight.device).manual_seed(seed)
             greedy, _ = answer(model, [n], greedy=True)
             sampled, _ = answer(model, [n] * 3, generator=generator)
-            print(
-                f"{name:>12}  greedy {mark(greedy[0]):<28} sampled "
-                + "   ".join(map(mark, sampled))
-            )
+            answers = [mark(equation, preferred_terms) for equation in greedy + sampled]
+            print(f"{name:>{width}}  greedy {answers[0]:<33}  sampled {'  '.join(answers[1:])}")
 
 
 # ---- the script ------------------------------------------------------------------------------
@@ -563,23 +310,53 @@ def name_of(checkpoint_path):
     return os.path.splitext(os.path.basename(checkpoint_path))[0]
 
 
-def by_stage(checkpoint_path):
-    """Sorting key: the models of the README in its order, then all others by name."""
-    name = name_of(checkpoint_path)
-    stages = list(figures.MODELS)
-    return stages.index(name) if name in stages else len(stages), name
+def load_models(args, device):
+    """{name: model} and {name: saved args} of the checkpoints, in the order of the README."""
+    paths = args.checkpoints or glob.glob("runs/*.pt")
+    if not paths:
+        raise InputError("there is no checkpoint in runs/; train_sft.py writes the first")
+    paths = {name_of(path): path for path in sorted(paths)}
+    if len(paths) < len(args.checkpoints):
+        raise InputError("two checkpoints have the same file name, their name in tables")
+    loaded = {name: load_checkpoint(paths[name], device) for name in figures.in_order(paths)}
+    models = {name: model for name, (model, _) in loaded.items()}
+    saved = {name: args for name, (_, args) in loaded.items()}
+    if len({model.config.max_sum for model in models.values()}) > 1 or len(preferred(saved)) > 1:
+        raise InputError(
+            "checkpoints differ in --max-sum or --preferred-terms: evaluate them apart"
+        )
+    return models, saved, {name: read_log(paths[name]) for name in loaded}
+
+
+def load_reference(path, models, saved, device):
+    """The reference at `path`, if these models were trained from it."""
+    reference, _ = load_checkpoint(path, device)
+    known = fingerprint(reference)
+    for name, model in models.items():
+        if saved[name].get("reference", known) != known or (
+            model.config.max_sum != reference.config.max_sum
+        ):
+            raise InputError(f"{name} was not trained from {path}; name its reference with --sft")
+    return reference
+
+
+def preferred(saved):
+    """The --preferred-terms of all DPO checkpoints among these, as a set; {3} if there is none."""
+    return {args["preferred_terms"] for args in saved.values() if "preferred_terms" in args} or {3}
 
 
 def read_log(checkpoint_path):
     """The records of the log beside a checkpoint; none if it has no log."""
-    path = log_path(checkpoint_path)
-    try:
+    path, records = log_path(checkpoint_path), []
+    if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the log {path}: {error}") from None
+            for line in file:
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    print(f"{path} is cut short in line {len(records) + 1}; the rest is left out")
+                    break
+    return records
 
 
 def read_json(path):
@@ -592,121 +369,74 @@ def read_json(path):
 
 def redraw(plots_dir):
     """Every figure again, from the JSON files of an earlier evaluation."""
-    results, logs = (
-        read_json(os.path.join(plots_dir, name)) for name in ("results.json", "logs.json")
-    )
-    figures.draw_all(results, logs, plots_dir)
+    results, logs = (read_json(os.path.join(plots_dir, f"{x}.json")) for x in ("results", "logs"))
+    try:
+        figures.draw_all(results, logs, plots_dir)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise InputError(f"the JSON files in {plots_dir} are not evaluate.py's own") from None
 
 
-def write_json(path, content):
-    with replacing(path) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+def evaluate_all(args, models, saved, logs, reference, preferred_terms):
+    """The content of results.json."""
+    generator = torch.Generator(reference.head.weight.device).manual_seed(args.seed)
+    p, exact = preferred_shares(reference, preferred_terms, generator)
+    results = {
+        "task": {
+            "max_sum": reference.config.max_sum,
+            "preferred_terms": preferred_terms,
+            "samples": args.samples,
+            "seed": args.seed,
+        },
+        "frontier": {
+            "p": p.tolist(),
+            "p is exact": exact,
+            "curve": [tilt(p, log_t) for log_t in np.linspace(0, 12, 100)],
+            "best of n": [[n, *best_of(p, n)] for n in (2, 4, 8, 16)],
+        },
+        "models": {},
+        "environment": {
+            "python": platform.python_version(),
+            **{package.__name__: package.__version__ for package in (torch, np, matplotlib)},
+            "threads": torch.get_num_threads(),
+        },
+    }
+    for name, model in models.items():
+        result = evaluate(model, reference, p, preferred_terms, args.samples, args.seed)
+        result["args"] = saved[name]
+        if logs[name]:
+            result["seconds"] = logs[name][-1]["seconds"]
+        if "preferred_terms" in saved[name]:
+            result["tokens"] = who_pays(model, reference, preferred_terms)
+        else:
+            result["gap"] = gap_to_floor(model)
+        results["models"][name] = result
+        print(f"\n{name}: some answers, and some of its mistakes")
+        for equation in result["answers"] + result["mistakes"]:
+            print("   ", mark(equation, preferred_terms))
+    return results
 
 
 def main(args):
     if args.replot:
         return redraw(args.plots_dir)
-
-    # ---- models
     device = find_device(args.device)
-    paths = args.checkpoints or sorted(glob.glob("runs/*.pt"), key=by_stage)
-    if not paths:
-        raise InputError("there is no checkpoint in runs/; train_sft.py writes the first")
-    loaded = {name_of(path): load_checkpoint(path, device) for path in paths}
-    if len(loaded) < len(paths):
-        raise InputError(
-            "two checkpoints have the same file name, which would be their name in tables"
-        )
-    models = {name: model for name, (model, _) in loaded.items()}
-    max_sums = {model.config.max_sum for model in models.values()}
-    preferred = {
-        saved["preferred_terms"] for _, saved in loaded.values() if "preferred_terms" in saved
-    } or {3}
-    if len(max_sums) > 1 or len(preferred) > 1:
-        raise InputError(
-            "the checkpoints differ in --max-sum or --preferred-terms: evaluate them apart"
-        )
-    max_sum, preferred_terms = max_sums.pop(), preferred.pop()
-
+    models, saved, logs = load_models(args, device)
+    preferred_terms = preferred(saved).pop()
     if args.ask:
-        for n in args.ask:
-            if not MIN_SUM <= n <= max_sum:
-                raise InputError(
-                    f"--ask {n} is out of range; these models know sums from {MIN_SUM} to {max_sum}"
-                )
-        return ask(models, args.ask, args.seed)
-
-    # ---- metrics
-    reference, _ = load_checkpoint(args.sft, device)
-    if reference.config.max_sum != max_sum:
-        raise InputError(
-            f"{args.sft} has another --max-sum than the checkpoints: it is not their reference"
-        )
-    generator = torch.Generator(device).manual_seed(args.seed)
-    least_kl, least_kl_se, (draw, second_draw) = oracle(
-        reference, max_sum, preferred_terms, 4 * args.samples, generator
-    )
-    results = {
-        "task": {
-            "max_sum": max_sum,
-            "preferred_terms": preferred_terms,
-            "samples": args.samples,
-            "seed": args.seed,
-        },
-        "models": {},
-        "oracle": {
-            "kl": least_kl,
-            "kl_se": least_kl_se,
-            "noise": total_variation(draw, second_draw),
-            "first_terms": draw,
-        },
-        "tokens": who_pays(
-            {name: model for name, model in models.items() if "preferred_terms" in loaded[name][1]},
-            reference,
-            max_sum,
-            preferred_terms,
-        ),
-        "environment": {
-            "python": platform.python_version(),
-            **{package.__name__: package.__version__ for package in (torch, np, matplotlib)},
-            "cores": os.cpu_count(),
-        },
-    }
-    logs = {}
-    for path, (name, model) in zip(paths, models.items()):
-        result, equations = evaluate(
-            model, reference, max_sum, preferred_terms, args.samples, args.seed
-        )
-        _, saved = loaded[name]
-        result["kl_over_least"] = over(result["kl"], least_kl)
-        result |= {
-            key: saved.get(key) for key in ("seed", "pairs", "beta", "lr", "steps") if key in saved
-        }
-        logs[name] = read_log(path)
-        if logs[name]:
-            last = logs[name][-1]
-            result |= {"seconds": last["seconds"], "seen": last.get("equations", last.get("pairs"))}
-        if "preferred_terms" not in saved:  # an SFT model
-            result["gap"] = gap_to_floor(model, max_sum)
-            result["first_terms"] = first_terms(equations, max_sum)
-        else:
-            result["first_terms"] = first_terms(equations, max_sum, preferred_terms)
-            result["total_variation"] = total_variation(result["first_terms"], draw)
-            result["kl_over_least_on_passing"] = over(kl_on_passing(logs[name]), least_kl)
-        results["models"][name] = result
-        print_examples(name, equations, np.random.default_rng(args.seed))
-    if args.seeds:
-        results["seeds"] = over_seeds([results] + [read_json(path) for path in args.seeds])
-
-    # ---- tables, figures
-    for title, table in tables(results, results["models"]).items():
-        print(f"\n{title}\n{table}")
-    write_json(os.path.join(args.plots_dir, "results.json"), results)
-    write_json(os.path.join(args.plots_dir, "logs.json"), logs)
-    figures.draw_all(results, logs, args.plots_dir)
-    if args.readme:
-        write_tables(args.readme, results)
+        return ask(models, args.ask, preferred_terms, args.seed)
+    reference = load_reference(args.sft, models, saved, device)
+    paths = [os.path.join(args.plots_dir, f"{name}.json") for name in ("logs", "results")]
+    with replacing(*paths) as files:
+        results = evaluate_all(args, models, saved, logs, reference, preferred_terms)
+        figures.draw_all(results, logs, args.plots_dir)
+        for file, content in zip(files, (logs, results)):
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
+    found = {name: tables.summarise([result]) for name, result in results["models"].items()}
+    print("\n" + tables.models_table({"models": found}))
+    if os.path.exists(tables.PUBLISHED):
+        print("\nPublished, mean ± standard deviation over seeds:\n")
+        print(tables.models_table(read_json(tables.PUBLISHED)))
+    print(f"\nFigures, results.json and logs.json are in {args.plots_dir}.")
 
 
 if __name__ == "__main__":

@@ -23,17 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import (
-    CHARACTERS,
-    DEFAULT_MAX_SUM,
-    END,
-    PAD,
-    PROMPT_WIDTH,
-    VOCAB_SIZE,
-    InputError,
-    collate,
-    longest_completion,
-)
+from data import CHARACTERS, DEFAULT_MAX_SUM, END, PAD, PROMPT_WIDTH, VOCAB_SIZE, InputError
+from data import collate, longest_completion
 
 
 @dataclasses.dataclass

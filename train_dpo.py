@@ -9,7 +9,6 @@ Left out on purpose: mixed precision, gradient accumulation, reference log-probs
 of the two files shows what DPO changes.
 """
 
-import json
 import math
 import os
 import time
@@ -22,41 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from data import (
-    MIN_SUM,
-    PAD,
-    TERM_COUNTS,
-    InputError,
-    collate,
-    compositions,
-    decode,
-    is_preferred,
-    longest_completion,
-    make_parser,
-    parse,
-    positive_float,
-    positive_int,
-    random_pairs,
-    read_pairs,
-    replacing,
-    run_script,
-    seen_sums,
-    training_flags,
-)
-from model import (
-    add_up,
-    completion_logps,
-    find_device,
-    fingerprint,
-    generate,
-    join_processes,
-    load_checkpoint,
-    log_path,
-    save_checkpoint,
-    write_record,
-)
+from data import MIN_SUM, PAD, TERM_COUNTS, InputError, collate, compositions, decode
+from data import is_exact, is_preferred, longest_completion, make_parser, parse, positive_float
+from data import positive_int, random_pairs, read_pairs, replacing, run_script, seen_sums
+from data import training_flags
+from model import add_up, completion_logps, find_device, fingerprint, generate, join_processes
+from model import load_checkpoint, log_path, save_checkpoint, write_record
 
-OWN_ANSWERS = 25  # times a run that the policy's own answers are looked at
+OWN_ANSWERS = 16  # times a run that the policy's own answers are looked at
 OWN_SAMPLES = 5  # of every sum, each time
 OWN_SEED = 1_000_005
 
@@ -97,7 +69,7 @@ def dpo_loss(
 
 def parse_args(argv=None):
     parser = make_parser("Train the SFT model to prefer a number of terms.", [training_flags()])
-    parser.set_defaults(steps=400, batch_size=256, lr=3e-3, out="runs/dpo.pt")
+    parser.set_defaults(steps=250, batch_size=256, lr=3e-3, out="runs/dpo.pt")
     add = parser.add_argument
     add("--sft", default="runs/sft.pt", help="checkpoint to start from, and the reference")
     add("--preferred-terms", type=int, choices=TERM_COUNTS, default=3, help="to be preferred")
@@ -237,7 +209,9 @@ def stack(upper, lower):
     """Two batches (tokens, completion_mask) as one, on the device of the lower."""
     T = max(upper[0].shape[1], lower[0].shape[1])
     return [
-        torch.cat([F.pad(x.to(below.device), (0, T - x.shape[1]), value=pad) for x in (above, below)])
+        torch.cat(
+            [F.pad(x.to(below.device), (0, T - x.shape[1]), value=pad) for x in (above, below)]
+        )
         for above, below, pad in zip(upper, lower, (PAD, False))
     ]
 
@@ -255,15 +229,14 @@ def own_answers(policy, reference, preferred_terms, rank, world):
     prompts = [f"{n}=" for n in range(MIN_SUM, policy.config.max_sum + 1)] * OWN_SAMPLES
     generator = torch.Generator(device).manual_seed(OWN_SEED + rank)
     tokens, completion_mask = generate(policy, prompts[rank::world], generator=generator)
-    parsed = [parse(decode(row)) for row in tokens.tolist()]
-    exact = [p is not None and p[0] == sum(p[1]) for p in parsed]
-    form = [p is not None and len(p[1]) == preferred_terms for p in parsed]
+    answers = [decode(row) for row in tokens.tolist()]
+    parsed = [terms for _, terms in filter(None, map(parse, answers))]
     logps, ref_logps = (completion_logps(m, tokens, completion_mask) for m in (policy, reference))
     totals = {
-        "own/preferred": np.sum(np.logical_and(form, exact)),
-        "own/form": np.sum(form),
-        "own/exact": np.sum(exact),
-        "own/parsed": np.sum([p is not None for p in parsed]),
+        "own/preferred": sum(is_preferred(answer, preferred_terms) for answer in answers),
+        "own/form": sum(len(terms) == preferred_terms for terms in parsed),
+        "own/exact": sum(map(is_exact, answers)),
+        "own/parsed": len(parsed),
         "own/kl": (logps - ref_logps).sum().item(),
     }
     sums = torch.tensor([float(total) for total in totals.values()], device=device)
@@ -325,7 +298,9 @@ def main(args):
         for step in range(1, args.steps + 1):
             # ---- batch
             started = time.perf_counter()
-            tokens, completion_mask, chosen, rejected, anchor = (x.to(device) for x in next(batches))
+            tokens, completion_mask, chosen, rejected, anchor = (
+                x.to(device) for x in next(batches)
+            )
 
             # ---- loss: a completion goes through the model once, in however many pairs it is
             logps = completion_logps(policy, tokens, completion_mask)  # (R,)
@@ -378,7 +353,9 @@ def main(args):
             write_record(log, record)
             shown = {"loss": record.get("loss"), "margin": record.get("rewards/margins")}
             shown |= {name: last[f"own/{name}"] for name in ("preferred", "exact", "kl")}
-            bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items() if v is not None}, refresh=False)
+            bar.set_postfix(
+                {k: f"{v:.2f}" for k, v in shown.items() if v is not None}, refresh=False
+            )
             bar.update()
 
         # ---- save

@@ -14,32 +14,11 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from data import (
-    DEFAULT_MAX_SUM,
-    InputError,
-    collate,
-    entropy_floor,
-    make_parser,
-    max_sum,
-    nats_per_equation,
-    positive_int,
-    random_equations,
-    replacing,
-    run_script,
-    seen_sums,
-    training_flags,
-)
-from model import (
-    GPT,
-    GPTConfig,
-    add_up,
-    completion_logps,
-    find_device,
-    join_processes,
-    log_path,
-    save_checkpoint,
-    write_record,
-)
+from data import DEFAULT_MAX_SUM, MIN_SUM, InputError, collate, decode, entropy_floor, is_exact
+from data import make_parser, max_sum, nats_per_equation, positive_int, random_equations, replacing
+from data import run_script, seen_sums, training_flags
+from model import GPT, GPTConfig, add_up, completion_logps, find_device, generate, join_processes
+from model import log_path, save_checkpoint, write_record
 
 LOGGED = 30  # times a run
 VALIDATION_SEED = 1_000_003  # its own: the same equations whatever the seed of the run
@@ -70,12 +49,14 @@ def main(args):
     # ---- model
     model = GPT(GPTConfig(args.depth, args.width, args.heads, args.max_sum)).to(device)
 
-    # ---- data: fresh equations for every step, and a fixed set for validation
+    # ---- data: fresh equations for every step, and a fixed set and all prompts for validation
     sums = seen_sums(args.max_sum)
     floor = entropy_floor(sums)
     validation = random_equations(np.random.default_rng(VALIDATION_SEED), VALIDATION_SIZE, sums)
     validation_floor = nats_per_equation(validation)
     validation_batch = [x.to(device) for x in collate(validation)]
+    prompts = [f"{n}=" for n in range(MIN_SUM, args.max_sum + 1)] * 3
+    generator = torch.Generator(device).manual_seed(VALIDATION_SEED)
 
     # ---- optimizer: Muon for the matrices inside the blocks, AdamW for all else
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
@@ -124,6 +105,7 @@ def main(args):
             if step % log_every == 0 or step == args.steps:
                 with torch.no_grad():
                     validation_loss = -completion_logps(model, *validation_batch).mean().item()
+                answers, _ = generate(model, prompts, generator=generator)
                 record = {
                     "step": step,
                     "equations": step * args.batch_size,
@@ -131,6 +113,7 @@ def main(args):
                     "loss": float(np.mean(losses[-log_every:])),
                     "floor": floor,
                     "gap": validation_loss - validation_floor,
+                    "exact": float(np.mean([is_exact(decode(row)) for row in answers.tolist()])),
                 }
                 write_record(log, record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", gap=f"{record['gap']:.3f}")

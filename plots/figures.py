@@ -1,6 +1,7 @@
-"""Every figure of the README, drawn from results.json and logs.json alone.
+"""Every figure of the README, drawn from JSON alone: results.json, logs.json and published.json.
 
-python evaluate.py                    # measures, then draws
+python evaluate.py             # measures, then draws
+python evaluate.py --replot    # draws again
 """
 
 import os
@@ -9,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from data import replacing
 
@@ -16,9 +18,10 @@ from data import replacing
 MODELS = {
     "sft": ("SFT", "#0072B2"),
     "dpo_offline": ("offline DPO", "#D55E00"),
+    "dpo_offline_nll": ("offline DPO + NLL", "#E69F00"),
     "dpo": ("online DPO", "#009E73"),
 }
-OTHER_COLOURS = ["#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#000000"]
+OTHER_COLOURS = ["#CC79A7", "#56B4E9", "#8C564B", "#000000"]
 
 STYLE = {
     "figure.dpi": 160,
@@ -34,97 +37,103 @@ STYLE = {
 }
 
 
+def in_order(names):
+    """The models of the README in its order, then all others by name."""
+    return [name for name in MODELS if name in names] + sorted(set(names) - set(MODELS))
+
+
 def label_and_colour(name, names):
     if name in MODELS:
         return MODELS[name]
-    others = [other for other in names if other not in MODELS]
+    others = [other for other in in_order(names) if other not in MODELS]
     return name, OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
 
 
 def save(figure, folder, name):
-    with replacing(os.path.join(folder, f"{name}.png"), "wb") as file:
+    with replacing(os.path.join(folder, f"{name}.png")) as (file,):
         figure.savefig(file, format="png")
     plt.close(figure)
 
 
 def draw_histogram(axes, metrics, label, colour, preferred_terms, most_terms):
     """Shares of answers by term count: right sums in full colour, wrong ones pale, others grey."""
-    ks = [k for k in range(1, most_terms + 1)]
-    shares = [100 * metrics["counts"].get(str(k), 0) for k in ks]
-    right = [100 * metrics["exact_counts"].get(str(k), 0) for k in ks]
-    axes.bar(ks, shares, color=colour, alpha=0.35, label="wrong sum")
-    axes.bar(ks, right, color=colour, label="right sum")
-    axes.bar([0], [100 * (1 - metrics["parse_rate"])], color="#888888")
-    for k, share in zip(ks, shares):
+    counts = range(1, most_terms + 1)
+    shares = [100 * metrics["counts"].get(str(k), 0) for k in counts]
+    right = [100 * metrics["exact_counts"].get(str(k), 0) for k in counts]
+    unparsed = 100 * (1 - metrics["parse_rate"])
+    axes.bar(counts, shares, color=colour, alpha=0.35, label="wrong sum")
+    axes.bar(counts, right, color=colour, label="right sum")
+    axes.bar([0], [unparsed], color="#888888")
+    for x, share in zip(range(most_terms + 1), [unparsed, *shares]):
         if share >= 0.05:
-            axes.annotate(f"{share:.1f}", (k, share), ha="center", va="bottom", fontsize=9)
-    axes.set_xticks([0, *ks], ["none", *ks])
+            axes.annotate(f"{share:.1f}", (x, share), ha="center", va="bottom", fontsize=9)
+    axes.set_xticks(range(most_terms + 1), ["none", *counts])
     axes.get_xticklabels()[preferred_terms].set_fontweight("bold")
     axes.set_ylim(0, 108)
     axes.grid(axis="x", visible=False)
-    mae = "no answer parses" if metrics["mae"] is None else f"mean abs. error {metrics['mae']:.3f}"
-    axes.set_title(f"{label}\n{mae}, parse rate {metrics['parse_rate']:.3f}")
+    mae = "no answer parses" if metrics["mae"] is None else f"mean abs. error {metrics['mae']:.2f}"
+    axes.set_title(f"{label}\nexact {metrics['exact']:.3f}, {mae}")
     axes.set_xlabel("terms in the answer")
 
 
 def draw_histograms(results, folder):
-    """One file a model of the README, all on the same axes, and dist.png with them side by side."""
-    preferred_terms = results["task"]["preferred_terms"]
-    models = [name for name in MODELS if name in results["models"]] or list(results["models"])
-    sampled = {name: results["models"][name]["sampled"]["all"] for name in models}
-    most_terms = max(5, *(int(k) for metrics in sampled.values() for k in metrics["counts"]))
-    for names, file in [([name], f"{name}_dist") for name in models] + [(models, "dist")]:
-        width = 5.2 if len(names) == 1 else 3.6 * len(names)
-        figure, row = plt.subplots(1, len(names), figsize=(width, 3.8), sharey=True, squeeze=False)
-        for axes, name in zip(row[0], names):
-            label, colour = label_and_colour(name, models)
-            draw_histogram(axes, sampled[name], label, colour, preferred_terms, most_terms)
-        row[0, 0].set_ylabel(f"share of {sampled[names[0]]['n']:,} sampled answers (%)")
-        row[0, 0].legend(loc="upper right")
-        save(figure, folder, file)
+    """The answers of each model by number of terms, side by side on the same axes."""
+    names = [name for name in MODELS if name in results["models"]] or in_order(results["models"])
+    sampled = {name: results["models"][name]["sampled"]["all"] for name in names}
+    most_terms = min(
+        9, max(5, *(int(k) for metrics in sampled.values() for k in metrics["counts"]))
+    )
+    figure, row = plt.subplots(
+        1, len(names), figsize=(1 + 3.1 * len(names), 3.8), sharey=True, squeeze=False
+    )
+    for axes, name in zip(row[0], names):
+        label, colour = label_and_colour(name, names)
+        draw_histogram(
+            axes, sampled[name], label, colour, results["task"]["preferred_terms"], most_terms
+        )
+    row[0, 0].set_ylabel(f"share of {sampled[names[0]]['n']:,} sampled answers (%)")
+    row[0, 0].legend(loc="upper right")
+    save(figure, folder, "dist")
 
 
-def draw_sft_loss(log, folder):
-    """Training loss and its gap to the entropy floor, over the equations seen."""
+def draw_sft(log, folder):
+    """The gap to the entropy floor and the share of right answers, over the equations seen."""
     equations = [record["equations"] / 1000 for record in log]
     label, colour = MODELS["sft"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    left.plot(equations, [record["loss"] for record in log], color=colour, label="training loss")
-    left.axhline(log[-1]["floor"], color="black", linestyle="--", label="entropy floor")
-    left.set_ylabel("loss (nats per equation)")
-    left.legend()
-    right.plot(equations, [record["gap"] for record in log], color=colour)
-    right.set_yscale("log")
-    right.set_ylabel("validation gap to the floor (nats)")
-    for axes in (left, right):
-        axes.set_xlabel("equations seen (thousands)")
-    save(figure, folder, "sft_loss")
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    axes.plot(equations, [record["gap"] for record in log], color=colour)
+    axes.set_yscale("log")
+    axes.set_ylabel("gap to the entropy floor\n(nats per equation)", color=colour)
+    axes.set_xlabel("equations seen in SFT (thousands)")
+    right = axes.twinx()
+    right.plot(equations, [100 * r["exact"] for r in log], color="black", linestyle="--")
+    right.set_ylabel("exact sampled answers\n(%, dashed)")
+    right.set_ylim(0, 105)
+    right.grid(False)
+    right.spines["right"].set_visible(True)
+    save(figure, folder, "sft_gap")
 
 
 CURVES = {  # key in the log: axis label
     "rewards/accuracies": "pair accuracy (new pairs)",
     "rewards/margins": "reward margin (β × nats)",
     "loss": "loss (nats per pair)",
-    "own/preferred": "own samples: preferred form",
-    "own/exact": "own samples: exact sums",
-    "own/kl": "own samples: KL from SFT (nats)",
+    "own/preferred": "own answers: preferred",
+    "own/exact": "own answers: exact",
+    "own/kl": "own answers: KL from SFT (nats)",
 }
 
 
-def draw_dpo_curves(logs, names, folder):
+def draw_curves(logs, folder):
     """What DPO tooling shows (above) and what the policy itself answers (below), over the steps."""
     figure, grid = plt.subplots(2, 3, figsize=(10, 5.6), sharex=True)
     for axes, (key, text) in zip(grid.flat, CURVES.items()):
         for name, log in logs.items():
-            label, colour = label_and_colour(name, names)
+            label, colour = label_and_colour(name, logs)
             records = [record for record in log if key in record]
             values = [record[key] for record in records]
-            axes.plot(
-                [record["step"] for record in records],
-                values if "own" in key else smooth(values),
-                color=colour,
-                label=label,
-            )
+            steps = [record["step"] for record in records]
+            axes.plot(steps, values if "own" in key else smooth(values), color=colour, label=label)
         axes.set_title(text)
         if key in ("rewards/accuracies", "own/preferred", "own/exact"):
             axes.set_ylim(0, 1.05)
@@ -135,196 +144,217 @@ def draw_dpo_curves(logs, names, folder):
     save(figure, folder, "dpo_curves")
 
 
-# Kind of answer: its share of the policy's own samples, and a colour (Tol's muted ones, which no
-# model has).
+def smooth(values, window=9):
+    """Running mean over the `window` values around each; fewer at the ends."""
+    half = window // 2
+    return [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+# Kind of answer: its share of the policy's own answers, from a log record, and a colour (Tol's
+# muted ones, which no model has).
 MASS = {
-    "3 terms, right": (lambda own: own["own/preferred_exact"], "#332288"),
-    "3 terms, wrong": (lambda own: own["own/preferred"] - own["own/preferred_exact"], "#88CCEE"),
-    "other count, right": (lambda own: own["own/exact"] - own["own/preferred_exact"], "#DDCC77"),
+    "{} terms, right": (lambda own: own["own/preferred"], "#332288"),
+    "{} terms, wrong": (lambda own: own["own/form"] - own["own/preferred"], "#88CCEE"),
+    "other count, right": (lambda own: own["own/exact"] - own["own/preferred"], "#DDCC77"),
     "other count, wrong": (
-        lambda own: (
-            own["own/parsed"] - own["own/exact"] - own["own/preferred"] + own["own/preferred_exact"]
-        ),
+        lambda own: own["own/parsed"] - own["own/exact"] - own["own/form"] + own["own/preferred"],
         "#CC6677",
     ),
     "no equation": (lambda own: 1 - own["own/parsed"], "#888888"),
 }
 
 
-def draw_mass(logs, names, task, folder):
-    """Where the probability goes: what pairs show above, what the policy really answers below."""
+def draw_mass(logs, preferred_terms, folder):
+    """Where the probability goes: pair accuracy above, what the policy really answers below."""
     figure, grid = plt.subplots(
         2,
         len(logs),
-        figsize=(4.9 * len(logs), 6),
-        height_ratios=(1, 1.7),
+        figsize=(1 + 3.3 * len(logs), 5.4),
+        height_ratios=(1, 1.8),
         sharex="col",
         sharey="row",
         squeeze=False,
     )
     for (top, bottom), (name, log) in zip(grid.T, logs.items()):
-        label, colour = label_and_colour(name, names)
-        pairs = [record for record in log if "rewards/margins" in record]
-        steps = [record["step"] for record in pairs]
-        top.plot(steps, smooth([record["rewards/accuracies"] for record in pairs]), color="black")
-        top.set_ylim(0, 1.05)
-        top.set_title(label)
-        margins = top.twinx()
-        margins.plot(
-            steps,
-            smooth([record["rewards/margins"] for record in pairs]),
-            color=colour,
-            linestyle="--",
-        )
-        margins.spines["right"].set_visible(True)
-        margins.grid(False)
-        margins.set_ylabel("reward margin (dashed)", color=colour)
+        pairs = [record for record in log if "rewards/accuracies" in record]
+        accuracy = smooth([100 * record["rewards/accuracies"] for record in pairs])
+        top.plot([record["step"] for record in pairs], accuracy, color="black")
+        top.set_ylim(0, 105)
+        top.set_title(label_and_colour(name, logs)[0])
         own = [record for record in log if "own/kl" in record]
-        shares = [[share(record) for record in own] for share, _ in MASS.values()]
-        kinds = [kind.replace("3", str(task["preferred_terms"])) for kind in MASS]
         bottom.stackplot(
             [record["step"] for record in own],
-            shares,
-            labels=kinds,
-            colors=[c for _, c in MASS.values()],
+            [[100 * share(record) for record in own] for share, _ in MASS.values()],
+            labels=[kind.format(preferred_terms) for kind in MASS],
+            colors=[colour for _, colour in MASS.values()],
         )
-        bottom.set_ylim(0, 1)
+        bottom.set_ylim(0, 100)
         bottom.margins(x=0)
         bottom.set_xlabel("step")
-    grid[0, 0].set_ylabel("pair accuracy (solid)")
-    grid[1, 0].set_ylabel("share of the policy's own answers")
+    grid[0, 0].set_ylabel("pair accuracy (%)")
+    grid[1, 0].set_ylabel("share of the policy's\nown 480 answers (%)")
     handles, labels = grid[1, 0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=5, fontsize=10)
     save(figure, folder, "mass")
 
 
-def smooth(values, window=9):
-    """Running mean over the `window` values around each; fewer at the ends."""
-    half = window // 2
-    return [
-        sum(near) / len(near)
-        for near in (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    ]
+TOKEN_COLOURS = ["#332288", "#88CCEE", "#CC6677", "#DDCC77"]
 
 
-def draw_tokens(tokens, names, folder):
-    """log pi - log pi_ref of every token of a few answers: one panel a model, one row an answer."""
-    models = [name for name in MODELS if name in tokens["models"]]
-    strings = tokens["strings"]
-    longest = max(len(string["text"]) for string in strings) + 1
-    limit = max(abs(x) for string in strings for name in models for x in string["nats"][name])
-    figure, row = plt.subplots(1, len(models), figsize=(5.2 * len(models), 3.6), squeeze=False)
-    for axes, name in zip(row[0], models):
-        grid = [
-            string["nats"][name] + [float("nan")] * (longest - len(string["nats"][name]))
-            for string in strings
-        ]
-        image = axes.imshow(grid, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-        for y, string in enumerate(strings):
-            for x, (character, nats) in enumerate(
-                zip([*string["text"], "end"], string["nats"][name])
-            ):
-                colour = "white" if abs(nats) > 0.6 * limit else "black"
-                axes.text(
-                    x,
-                    y,
-                    f"{character}\n{nats:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7.5,
-                    color=colour,
-                )
-        axes.set_yticks(
-            range(len(strings)), [f"{string['side']}  {string['prompt']}" for string in strings]
-        )
-        axes.tick_params(left=False, labelleft=axes is row[0, 0])
-        axes.set_xticks([])
-        axes.spines[:].set_visible(False)
-        axes.grid(False)
-        axes.set_title(label_and_colour(name, names)[0])
-    figure.colorbar(image, ax=row[0], label="log π − log π_ref (nats)")
+def draw_tokens(models, folder):
+    """Which token pays: a stacked bar a model for rejected answers, and a few token by token.
+
+    `models` maps names to what `who_pays` of evaluate.py returns.
+    """
+    figure, (bars, *row) = plt.subplots(
+        1,
+        1 + len(models),
+        figsize=(3 + 4.2 * len(models), 4),
+        width_ratios=[1] + [1.7] * len(models),
+    )
+    kinds = list(next(iter(models.values()))["rejected"])
+    for x, tokens in enumerate(models.values()):
+        bottom = 0
+        for kind, colour in zip(kinds, TOKEN_COLOURS):
+            height = tokens["rejected"][kind]
+            bars.bar(x, height, bottom=bottom, color=colour, label=kind if x == 0 else None)
+            bottom += height
+    names = [label_and_colour(name, models)[0] for name in models]
+    bars.set_xticks(
+        range(len(models)), [name.replace(" DPO", "\nDPO") for name in names], fontsize=9
+    )
+    bars.set_ylabel("log π − log π_ref of rejected answers\n(nats, mean of 2,000)")
+    bars.legend(fontsize=9, loc="lower right")
+    bars.grid(axis="x", visible=False)
+    limit = max(abs(x) for m in models.values() for s in m["strings"] for x in s["nats"])
+    for axes, name, tokens in zip(row, names, models.values()):
+        strings = sorted(tokens["strings"], key=lambda string: string["prompt"])
+        image = draw_heat_map(axes, strings, limit)
+        axes.set_title(name)
+    figure.colorbar(image, ax=row, label="log π − log π_ref (nats)")
     save(figure, folder, "tokens")
 
 
-def draw_frontier(results, logs, folder):
-    """KL from the reference against the preferred share, along online runs of different beta."""
-    task, ideal = results["task"], results["oracle"]["kl"]
-    runs = sorted(
-        (result["beta"], name)
-        for name, result in results["models"].items()
-        if result.get("pairs") == "online" and logs.get(name)
-    )
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    for beta, name in runs:
-        own = [record for record in logs[name] if "own/kl" in record]
-        kls, shares = (
-            smooth([record[key] for record in own], window=5) for key in ("own/kl", "own/preferred")
+def draw_heat_map(axes, strings, limit):
+    """Answers as rows of characters, coloured by nats; a number where it is one nat or more."""
+    longest = max(len(string["nats"]) for string in strings)
+    grid = np.full((len(strings), longest), np.nan)
+    for y, string in enumerate(strings):
+        grid[y, : len(string["nats"])] = string["nats"]
+        for x, (character, nats) in enumerate(zip([*string["text"], "end"], string["nats"])):
+            text = f"{character}\n{nats:.0f}" if abs(nats) >= 1 else character
+            colour = "white" if abs(nats) > 0.6 * limit else "black"
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+    image = axes.imshow(grid, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    sides = [f"{string['prompt']} {string['side']}" for string in strings]
+    axes.set_yticks(range(len(strings)), sides, fontsize=9)
+    axes.set_xticks([])
+    axes.tick_params(left=False)
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    return image
+
+
+METHOD_COLOURS = {  # by the source of pairs, as the models have them; the marker tells the loss
+    "offline": "#D55E00",
+    "online": "#009E73",
+    "reference": "#CC79A7",
+    "on-policy": "#0072B2",
+    "imitation": "#000000",
+}
+METHOD_MARKERS = {"NLL": "s", "smoothed": "^", "IPO": "v"}
+
+
+def draw_frontier(published, folder):
+    """Share of preferred answers against KL: the least that any policy pays, and the methods."""
+    figure, axes = plt.subplots(figsize=(8, 4.6))
+    shares, kls = np.array(published["frontier"]["curve"]).T
+    axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
+    for n, share, kl in published["frontier"]["best of n"]:
+        axes.plot(kl, 100 * share, marker="x", color="black", linestyle="none")
+        axes.annotate(
+            f"best of {n}", (kl, 100 * share), (5, -9), textcoords="offset points", size=8
         )
-        axes.plot(
-            kls,
-            [100 * share for share in shares],
-            color=label_and_colour(name, list(results["models"]))[1],
-            marker=".",
-            label=f"β = {beta:g}",
+    for name, method in published["methods"].items():
+        points = np.array(method["points"])
+        colour = METHOD_COLOURS[name.replace(",", "").split(" ")[0]]
+        marker = next((m for word, m in METHOD_MARKERS.items() if word in name), "o")
+        filled = {"facecolor": "none"} if marker != "o" else {}
+        axes.scatter(
+            points[:, 0],
+            100 * points[:, 1],
+            s=28,
+            color=colour,
+            marker=marker,
+            label=name,
+            **filled,
         )
-    axes.plot(
-        ideal,
-        100,
-        marker="*",
-        markersize=16,
-        color="black",
-        linestyle="none",
-        label="oracle: least KL",
-    )
-    axes.set_xlabel("KL from the SFT model (nats)")
-    axes.set_ylabel(f"own answers with {task['preferred_terms']} terms (%)")
-    axes.legend(loc="lower right")
+    axes.set_xscale("symlog", linthresh=2)
+    axes.set_xticks([0, 0.5, 1, 1.5, 2, 5, 10, 20], ["0", "0.5", "1", "1.5", "2", "5", "10", "20"])
+    axes.set_xlim(left=0)
+    axes.set_xlabel("KL from SFT (nats, logarithmic from 2 on)")
+    axes.set_ylabel("preferred answers (%)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     save(figure, folder, "frontier")
 
 
-def draw_oracle(results, folder):
-    """The first term of preferred answers: what the oracle writes, and what DPO does."""
-    bin_width = max(1, results["task"]["max_sum"] // 20)
-    curves = [("oracle", "black", results["oracle"]["first_terms"])]
-    curves += [
-        (*MODELS[name], results["models"][name]["first_terms"])
-        for name in MODELS
-        if name in results["models"]
-    ]
-    figure, axes = plt.subplots(figsize=(7, 3.6))
-    for label, colour, shares in curves:
-        if shares:
-            any_count = label == MODELS["sft"][0]
-            bins = [100 * sum(shares[i : i + bin_width]) for i in range(1, len(shares), bin_width)]
-            axes.stairs(
-                bins,
-                [1 + bin_width * i for i in range(len(bins) + 1)],
-                color=colour,
-                linewidth=2,
-                linestyle=":" if any_count else "-",
-                label=f"{label}, any number of terms" if any_count else label,
-            )
-    axes.set_xlabel(
-        f"first term of a right answer of {results['task']['preferred_terms']} terms "
-        f"(bins of {bin_width})"
-    )
-    axes.set_ylabel("share (%), all sums weighing alike")
-    axes.legend()
-    save(figure, folder, "oracle")
+def draw_optimum(published, folder):
+    """With a judge that errs: the share of preferred answers that theory predicts, and runs."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    runs = [run for run in published["judge"] if not run["note"]]
+    for source, label in (("on-policy", "pairs of the policy"), ("reference", "pairs of SFT")):
+        points = sorted((run["beta"], *run["share"]) for run in runs if run["source"] == source)
+        betas, mean, _, least, greatest = (100 * np.array(points)).T
+        axes.errorbar(
+            betas / 100,
+            mean,
+            (mean - least, greatest - mean),
+            color=METHOD_COLOURS[source],
+            marker="o",
+            capsize=3,
+            label=label,
+        )
+    curve = sorted({(run["beta"], 100 * run["predicted"][0]) for run in runs})
+    axes.plot(*zip(*curve), color="black", label="predicted: the optimum of DPO")
+    for run in published["judge"]:
+        if "imitation" in run["note"]:
+            share = 100 * run["share"][0]
+            axes.axhline(share, color="#888888", linestyle="--", label=run["note"])
+    axes.set_xscale("log")
+    axes.set_xticks([beta for beta, _ in curve], [f"{beta:g}" for beta, _ in curve], minor=False)
+    axes.minorticks_off()
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("β")
+    axes.set_ylabel("preferred answers (%)")
+    axes.legend(fontsize=9)
+    save(figure, folder, "optimum")
+
+
+def draw_published(published, folder):
+    """The figures of many runs."""
+    with plt.rc_context(STYLE):
+        draw_frontier(published, folder)
+        draw_optimum(published, folder)
 
 
 def draw_all(results, logs, folder):
-    """Every figure that these results and logs have the material for."""
-    names = list(results["models"])
-    dpo_logs = {name: logs[name] for name in MODELS if "rewards/margins" in str(logs.get(name))}
+    """Every figure of a run that these results and logs have the material for."""
+    dpo_logs = {
+        name: log
+        for name, log in logs.items()
+        if name in MODELS and any("own/kl" in r for r in log)
+    }
+    tokens = {
+        name: result["tokens"]
+        for name, result in results["models"].items()
+        if name in MODELS and "tokens" in result
+    }
     with plt.rc_context(STYLE):
         draw_histograms(results, folder)
         if logs.get("sft"):
-            draw_sft_loss(logs["sft"], folder)
+            draw_sft(logs["sft"], folder)
         if dpo_logs:
-            draw_dpo_curves(dpo_logs, names, folder)
-            draw_mass(dpo_logs, names, results["task"], folder)
-            draw_tokens(results["tokens"], names, folder)
-            if results["oracle"]["kl"]:
-                draw_oracle(results, folder)
-                draw_frontier(results, logs, folder)
+            draw_curves(dpo_logs, folder)
+            draw_mass(dpo_logs, results["task"]["preferred_terms"], folder)
+        if tokens:
+            draw_tokens(tokens, folder)

@@ -1,0 +1,162 @@
+"""Every run behind the README's comparisons; a run that is done already is not run again.
+
+    python plots/lesson.py     # or: make lesson
+
+Trains and measures one run a core, each with one thread, and leaves runs/lesson/summary.json for
+plots/tables.py. Every method gets the same steps, batches and learning rates to choose from: the
+rate is chosen on seed 0 by the preferred share and reported over the other seeds.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import evaluate  # noqa: E402
+import train_dpo  # noqa: E402
+import train_sft  # noqa: E402
+from data import replacing, run_script  # noqa: E402
+from model import load_checkpoint  # noqa: E402
+
+RUNS = Path("runs/lesson")
+SEEDS = (1, 2, 3, 4, 5)
+RATES = ("1e-4", "3e-4", "1e-3", "3e-3")
+METHODS = {  # name: flags, each tried with every rate
+    "imitation": ["--pairs offline --loss sft"],
+    "offline": ["--pairs offline"],
+    "offline + NLL": ["--pairs offline --nll-weight 1"],
+    "offline, smoothed": ["--pairs offline --label-smoothing 0.1"],
+    "offline, IPO": [f"--pairs offline --loss ipo --beta {beta}" for beta in (0.02, 0.1, 0.8)],
+    "reference": ["--pairs reference"],
+    "reference + NLL": ["--pairs reference --nll-weight 1"],
+    "online": ["--pairs online"],
+    "online + NLL": ["--pairs online --nll-weight 1"],
+    "on-policy": ["--pairs on-policy"],
+    "on-policy + NLL": ["--pairs on-policy --nll-weight 1"],
+}
+JUDGE = "--judge-reward 1 --answers 8 --batch-size 32 --steps 2000 --lr 1e-3"
+JUDGE_SEEDS = (1,)
+BETAS = ("0.3", "0.5", "0.8", "1.3", "2")
+BEST_OF = (2, 4, 8, 16)
+LONGER = ("--steps 1000", "--lr 5e-4", "--lr 2e-3")  # does more of either change anything?
+
+
+def sft_path(seed):
+    return RUNS / f"sft_{seed}.pt"
+
+
+def run(flags, seed, samples=100):
+    """The result of one run, from its file if it is done; without flags a run of train_sft.py."""
+    out = RUNS / ("_".join(flags.replace("--", "").split() or ["sft"]) + f"_{seed}.pt")
+    result_file = out.with_suffix(".json")
+    if result_file.exists():
+        return json.loads(result_file.read_text())
+    torch.set_num_threads(1)
+    script = train_dpo if flags else train_sft
+    arguments = f"{flags} --seed {seed} --out {out}" + (f" --sft {sft_path(seed)}" if flags else "")
+    if flags or not out.exists():
+        with open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                script.main(script.parse_args(arguments.split()))
+    model, args = load_checkpoint(out)
+    if flags:
+        reference, _ = load_checkpoint(sft_path(seed))
+        p = torch.tensor(run("", seed)["p"], dtype=torch.float64)
+    else:
+        reference = model
+        p, _ = evaluate.preferred_shares(reference, 3, torch.Generator())
+    result = evaluate.evaluate(model, reference, p, 3, samples, seed)
+    result |= {"args": args, "seconds": evaluate.read_log(out)[-1]["seconds"]}
+    if flags:
+        result["tokens"] = evaluate.who_pays(model, reference, 3)["rejected"]
+    else:
+        result |= {"p": p.tolist(), "gap": evaluate.gap_to_floor(model)}
+    with replacing(result_file) as (file,):
+        file.write(json.dumps(result).encode())
+    return result
+
+
+def results(title, futures):
+    return [future.result() for future in tqdm(futures, desc=title)]
+
+
+def main():
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        sft = [pool.submit(run, "", seed) for seed in (0, *SEEDS)]
+        grid = {  # of each method, what its flags and rates give on seed 0
+            f"{flags} --lr {rate}": pool.submit(run, f"{flags} --lr {rate}", 0, 20)
+            for variants in METHODS.values()
+            for flags in variants
+            for rate in RATES
+        }
+        sft = results("SFT", sft)
+        shares = [r["sampled"]["all"]["preferred"] for r in results("rates", grid.values())]
+        grid, methods, futures = dict(zip(grid, shares)), {}, []
+        for name, variants in METHODS.items():
+            tried = {f: grid[f] for f in grid if any(f.startswith(v + " --lr") for v in variants)}
+            best = max(tried, key=tried.get)
+            methods[name] = {"flags": best, "rates": tried}
+            futures += [pool.submit(run, best, seed) for seed in SEEDS]
+        done = results("methods", futures)
+        for i, method in enumerate(methods.values()):
+            method["runs"] = done[i * len(SEEDS) : (i + 1) * len(SEEDS)]
+        jobs = judge_jobs()
+        judged = results("judge", [pool.submit(run, flags, seed) for flags, seed, _ in jobs])
+    summary = {
+        "sft": sft[1:],
+        "methods": methods,
+        "judge": [judge_record(*job, result, sft) for job, result in zip(jobs, judged)],
+        "frontier": frontier(sft[1:]),
+    }
+    with replacing(RUNS / "summary.json") as (file,):
+        file.write(json.dumps(summary).encode())
+
+
+def judge_jobs():
+    """(flags, seed, note) of the runs with a judge that errs, by seed."""
+    sources = [f"--pairs {source} {JUDGE}" for source in ("on-policy", "reference")]
+    lines = [(f"{source} --beta {beta}", "") for beta in BETAS for source in sources]
+    lines += [(f"{sources[1]} --loss sft", "imitation of the winners")]
+    lines += [(f"{sources[0]} {more}", more) for more in LONGER]
+    return [(flags, seed, note) for seed in JUDGE_SEEDS for flags, note in lines]
+
+
+def judge_record(flags, seed, note, result, sft):
+    """What a run with the erring judge gave, beside what theory predicts of its optimum."""
+    beta = result["args"]["beta"]
+    share, kl = evaluate.tilt(torch.tensor(sft[seed]["p"], dtype=torch.float64), 1 / beta)
+    sampled = result["sampled"]["all"]
+    return {
+        "source": result["args"]["pairs"],
+        "beta": beta,
+        "note": note,
+        "flags": flags,
+        "predicted": share,
+        "share": sampled["preferred"],
+        "exact": sampled["exact"],
+        "kl": result["kl"]["total"][0],
+        "predicted kl": kl,
+    }
+
+
+def frontier(sft):
+    """The frontier and the best of n, averaged over seeds, for the figure."""
+    ps = [torch.tensor(result["p"], dtype=torch.float64) for result in sft]
+    curves = np.array([[evaluate.tilt(p, log_t) for log_t in np.linspace(0, 12, 100)] for p in ps])
+    best = np.array([[evaluate.best_of(p, n) for n in BEST_OF] for p in ps])
+    points = [[n, *point] for n, point in zip(BEST_OF, best.mean(0).tolist())]
+    return {"curve": curves.mean(0).tolist(), "best of n": points}
+
+
+if __name__ == "__main__":
+    run_script(main)
