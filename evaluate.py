@@ -13,16 +13,14 @@ import itertools
 import json
 import math
 import os
-import platform
 from collections import Counter
 
-import matplotlib
 import numpy as np
 import torch
 
-from data import MIN_SUM, InputError, collate, decode, held_out_sums, is_preferred, make_parser
-from data import nats_per_equation, parse, positive_int, random_equations, random_pairs, replacing
-from data import run_script, seen_sums
+from data import MIN_SUM, PROMPT_WIDTH, InputError, collate, decode, held_out_sums, is_exact
+from data import is_preferred, make_parser, nats_per_equation, parse, positive_int, random_equations
+from data import random_pairs, replacing, run_script, seen_sums
 from model import completion_logps, find_device, fingerprint, generate, load_checkpoint, log_path
 from model import token_logps
 from plots import figures, tables
@@ -33,6 +31,7 @@ TOKEN_PAIRS = 2000
 GAP_SEED = 1_000_004  # of the equations on which the gap to the entropy floor is measured
 GAP_SIZE = 20_000
 ENUMERABLE = 200_000  # preferred answers; where there are more of them, p_N is sampled
+TRIES = 300  # so many times for every N
 SHOWN_SUMS = (100, 57, 43)  # an answer to each is shown of every model
 
 
@@ -90,9 +89,8 @@ def measure(equations, preferred_terms):
 def log_ratios(model, reference, chunks):
     """log pi - log pi_ref of sampled answers, in nats: (answers,)."""
     with torch.no_grad():
-        return torch.cat(
-            [completion_logps(model, *c) - completion_logps(reference, *c) for c in chunks]
-        ).cpu()
+        parts = [completion_logps(model, *c) - completion_logps(reference, *c) for c in chunks]
+    return torch.cat(parts).cpu()
 
 
 def gap_to_floor(model):
@@ -114,23 +112,22 @@ def gap_to_floor(model):
 
 
 def preferred_shares(reference, preferred_terms, generator):
-    """p_N for N = 5, 6, ...: (sums,), float64; and whether they are exact, by enumeration."""
+    """p_N for N = 5, 6, ...: (sums,), float64; exact, unless there are too many to enumerate."""
     sums = range(MIN_SUM, reference.config.max_sum + 1)
     numbers = [math.comb(n - 1, preferred_terms - 1) for n in sums]
     if sum(numbers) > ENUMERABLE:
-        tries = 10 * CHUNK
-        equations = (answer(reference, [n] * tries, generator=generator)[0] for n in sums)
+        equations = (answer(reference, [n] * TRIES, generator=generator)[0] for n in sums)
         found = [sum(is_preferred(e, preferred_terms) for e in some) for some in equations]
-        return (torch.tensor(found, dtype=torch.float64) + 0.5) / (tries + 1), False
+        return (torch.tensor(found, dtype=torch.float64) + 0.5) / (TRIES + 1)
     examples = []
     for n in sums:
         for cuts in itertools.combinations(range(1, n), preferred_terms - 1):
-            terms = np.diff((0, *cuts, n)).tolist()
-            examples.append((f"{n}=", "+".join(map(str, terms))))
+            terms = (str(end - start) for start, end in zip((0, *cuts), (*cuts, n)))
+            examples.append((f"{n}=", "+".join(terms)))
     tokens, completion_mask = (x.to(reference.head.weight.device) for x in collate(examples))
     with torch.no_grad():
         probabilities = completion_logps(reference, tokens, completion_mask).double().exp()
-    return torch.stack([part.sum() for part in probabilities.cpu().split(numbers)]), True
+    return torch.stack([part.sum() for part in probabilities.cpu().split(numbers)])
 
 
 def tilt(p, log_t):
@@ -199,19 +196,8 @@ TOKEN_KINDS = ("end token", "plus signs", "last term", "other digits")
 def token_kinds(completion):
     """The kind of every token of a completion and its end token, as indices of TOKEN_KINDS."""
     last_term = completion.rfind("+") + 1
-    kinds = [
-        1 if character == "+" else 2 if i >= last_term else 3
-        for i, character in enumerate(completion)
-    ]
+    kinds = [1 if c == "+" else 2 if i >= last_term else 3 for i, c in enumerate(completion)]
     return kinds + [0]
-
-
-def token_logratios(model, reference, examples):
-    """log pi - log pi_ref of every completion token: a list of arrays, nats."""
-    tokens, completion_mask = (x.to(model.head.weight.device) for x in collate(examples))
-    with torch.no_grad():
-        policy, ref = (token_logps(m, tokens, completion_mask) for m in (model, reference))
-    return [row[mask].cpu().numpy() for row, mask in zip(policy - ref, completion_mask[:, 1:])]
 
 
 def who_pays(model, reference, preferred_terms):
@@ -224,16 +210,20 @@ def who_pays(model, reference, preferred_terms):
     pairs = random_pairs(rng, TOKEN_PAIRS, sums, preferred_terms)
     shown = [i for i, (prompt, *_) in enumerate(pairs) if len(prompt) == 3][:3]
     result = {"strings": []}
-    for side, column in (("chosen", 1), ("rejected", 2)):
-        examples = [(pair[0], pair[column]) for pair in pairs]
-        rows = token_logratios(model, reference, examples)
+    for column, side in ((1, "chosen"), (2, "rejected")):
+        texts = [(pair[0], pair[column]) for pair in pairs]
+        tokens, completion_mask = (x.to(model.head.weight.device) for x in collate(texts))
+        with torch.no_grad():
+            policy, ref = (token_logps(m, tokens, completion_mask) for m in (model, reference))
+        rows = (policy - ref).cpu().numpy()[:, PROMPT_WIDTH - 1 :]  # from the completion on
         by_kind = np.zeros(len(TOKEN_KINDS))
-        for (_, completion), row in zip(examples, rows):
-            np.add.at(by_kind, token_kinds(completion), row)
+        for (_, text), row in zip(texts, rows):
+            np.add.at(by_kind, token_kinds(text), row[: len(text) + 1])
         result[side] = dict(zip(TOKEN_KINDS, (by_kind / len(pairs)).tolist()))
         for i in shown:
-            prompt, text = examples[i]
-            string = {"prompt": prompt, "side": side, "text": text, "nats": rows[i].tolist()}
+            prompt, text = texts[i]
+            nats = rows[i, : len(text) + 1].tolist()
+            string = {"prompt": prompt, "side": side, "text": text, "nats": nats}
             result["strings"].append(string)
     return result
 
@@ -258,13 +248,13 @@ def evaluate(model, reference, p, preferred_terms, samples, seed):
     good = torch.tensor([is_preferred(equation, preferred_terms) for equation in equations])
     ratios = log_ratios(model, reference, chunks)
     result["kl"] = split_kl(ratios.view(-1, samples), good.view(-1, samples), p)
-    exact = [measure(equations[i : i + samples], 0)["exact"] for i in range(0, len(asked), samples)]
-    result["exact_at_largest"] = exact[-1]
-    result["lowest_exact"] = [min(exact), int(sums[np.argmin(exact)])]
+    exact = np.reshape([is_exact(equation) for equation in equations], (-1, samples)).mean(1)
+    result["exact_at_largest"] = float(exact[-1])
+    result["lowest_exact"] = [float(exact.min()), int(sums[exact.argmin()])]
     outside = [n for n in outside_sums(model.config.max_sum) for _ in range(samples)]
     result["outside"] = measure(answer(model, outside, generator=generator)[0], preferred_terms)
     result["answers"] = answer(model, SHOWN_SUMS, generator=generator)[0]
-    wrong = [equation for equation in equations if not mark(equation, None).startswith("✓")]
+    wrong = [equation for equation in equations if not is_exact(equation)]
     result["mistakes"] = list(np.random.default_rng(seed).permutation(wrong)[:3])
     return result
 
@@ -306,38 +296,24 @@ def ask(models, sums, preferred_terms, seed):
 # ---- the script ------------------------------------------------------------------------------
 
 
-def name_of(checkpoint_path):
-    return os.path.splitext(os.path.basename(checkpoint_path))[0]
-
-
 def load_models(args, device):
-    """{name: model} and {name: saved args} of the checkpoints, in the order of the README."""
+    """{name: model}, {name: saved args} and {name: log} of the checkpoints, as the README has them.
+
+    Raises InputError where they cannot be evaluated together.
+    """
     paths = args.checkpoints or glob.glob("runs/*.pt")
+    names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     if not paths:
         raise InputError("there is no checkpoint in runs/; train_sft.py writes the first")
-    paths = {name_of(path): path for path in sorted(paths)}
-    if len(paths) < len(args.checkpoints):
+    if len(set(names)) < len(names):
         raise InputError("two checkpoints have the same file name, their name in tables")
-    loaded = {name: load_checkpoint(paths[name], device) for name in figures.in_order(paths)}
+    paths = dict(zip(names, paths))
+    loaded = {name: load_checkpoint(paths[name], device) for name in figures.in_order(names)}
     models = {name: model for name, (model, _) in loaded.items()}
     saved = {name: args for name, (_, args) in loaded.items()}
     if len({model.config.max_sum for model in models.values()}) > 1 or len(preferred(saved)) > 1:
-        raise InputError(
-            "checkpoints differ in --max-sum or --preferred-terms: evaluate them apart"
-        )
+        raise InputError("checkpoints differ in --max-sum or --preferred-terms; name some")
     return models, saved, {name: read_log(paths[name]) for name in loaded}
-
-
-def load_reference(path, models, saved, device):
-    """The reference at `path`, if these models were trained from it."""
-    reference, _ = load_checkpoint(path, device)
-    known = fingerprint(reference)
-    for name, model in models.items():
-        if saved[name].get("reference", known) != known or (
-            model.config.max_sum != reference.config.max_sum
-        ):
-            raise InputError(f"{name} was not trained from {path}; name its reference with --sft")
-    return reference
 
 
 def preferred(saved):
@@ -345,8 +321,19 @@ def preferred(saved):
     return {args["preferred_terms"] for args in saved.values() if "preferred_terms" in args} or {3}
 
 
+def load_reference(path, models, saved, device):
+    """The reference at `path`, or InputError if one of the models was trained from another."""
+    reference, _ = load_checkpoint(path, device)
+    known = fingerprint(reference)
+    for name, model in models.items():
+        ours = model.config.max_sum == reference.config.max_sum
+        if not ours or saved[name].get("reference", known) != known:
+            raise InputError(f"{name} was not trained from {path}; name its reference with --sft")
+    return reference
+
+
 def read_log(checkpoint_path):
-    """The records of the log beside a checkpoint; none if it has no log."""
+    """The records of the log beside a checkpoint, up to a line that is cut short."""
     path, records = log_path(checkpoint_path), []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
@@ -367,53 +354,15 @@ def read_json(path):
         raise InputError(f"cannot read {path}: {error}") from None
 
 
-def redraw(plots_dir):
+def redraw(folder):
     """Every figure again, from the JSON files of an earlier evaluation."""
-    results, logs = (read_json(os.path.join(plots_dir, f"{x}.json")) for x in ("results", "logs"))
+    results, logs = (read_json(os.path.join(folder, f"{x}.json")) for x in ("results", "logs"))
     try:
-        figures.draw_all(results, logs, plots_dir)
+        figures.draw_all(results, logs, folder)
+        if os.path.exists(os.path.join(folder, "published.json")):
+            figures.draw_published(read_json(os.path.join(folder, "published.json")), folder)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise InputError(f"the JSON files in {plots_dir} are not evaluate.py's own") from None
-
-
-def evaluate_all(args, models, saved, logs, reference, preferred_terms):
-    """The content of results.json."""
-    generator = torch.Generator(reference.head.weight.device).manual_seed(args.seed)
-    p, exact = preferred_shares(reference, preferred_terms, generator)
-    results = {
-        "task": {
-            "max_sum": reference.config.max_sum,
-            "preferred_terms": preferred_terms,
-            "samples": args.samples,
-            "seed": args.seed,
-        },
-        "frontier": {
-            "p": p.tolist(),
-            "p is exact": exact,
-            "curve": [tilt(p, log_t) for log_t in np.linspace(0, 12, 100)],
-            "best of n": [[n, *best_of(p, n)] for n in (2, 4, 8, 16)],
-        },
-        "models": {},
-        "environment": {
-            "python": platform.python_version(),
-            **{package.__name__: package.__version__ for package in (torch, np, matplotlib)},
-            "threads": torch.get_num_threads(),
-        },
-    }
-    for name, model in models.items():
-        result = evaluate(model, reference, p, preferred_terms, args.samples, args.seed)
-        result["args"] = saved[name]
-        if logs[name]:
-            result["seconds"] = logs[name][-1]["seconds"]
-        if "preferred_terms" in saved[name]:
-            result["tokens"] = who_pays(model, reference, preferred_terms)
-        else:
-            result["gap"] = gap_to_floor(model)
-        results["models"][name] = result
-        print(f"\n{name}: some answers, and some of its mistakes")
-        for equation in result["answers"] + result["mistakes"]:
-            print("   ", mark(equation, preferred_terms))
-    return results
+        raise InputError(f"the JSON files in {folder} are not of this project") from None
 
 
 def main(args):
@@ -425,15 +374,32 @@ def main(args):
     if args.ask:
         return ask(models, args.ask, preferred_terms, args.seed)
     reference = load_reference(args.sft, models, saved, device)
-    paths = [os.path.join(args.plots_dir, f"{name}.json") for name in ("logs", "results")]
-    with replacing(*paths) as files:
-        results = evaluate_all(args, models, saved, logs, reference, preferred_terms)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    with replacing(
+        *(os.path.join(args.plots_dir, f"{x}.json") for x in ("logs", "results"))
+    ) as files:
+        p = preferred_shares(reference, preferred_terms, generator)
+        task = {"max_sum": reference.config.max_sum, "preferred_terms": preferred_terms}
+        results = {"task": task, "p": p.tolist(), "models": {}}
+        for name, model in models.items():
+            result = evaluate(model, reference, p, preferred_terms, args.samples, args.seed)
+            result["args"] = saved[name]
+            if logs[name]:
+                result["seconds"] = logs[name][-1]["seconds"]
+            if "preferred_terms" in saved[name]:
+                result["tokens"] = who_pays(model, reference, preferred_terms)
+            else:
+                result["gap"] = gap_to_floor(model)
+            results["models"][name] = result
+            print(f"\n{name}: some answers, and some of its mistakes")
+            for equation in result["answers"] + result["mistakes"]:
+                print("   ", mark(equation, preferred_terms))
         figures.draw_all(results, logs, args.plots_dir)
         for file, content in zip(files, (logs, results)):
             file.write(json.dumps(content, indent=1).encode() + b"\n")
     found = {name: tables.summarise([result]) for name, result in results["models"].items()}
     print("\n" + tables.models_table({"models": found}))
-    if os.path.exists(tables.PUBLISHED):
+    if tables.PUBLISHED.exists():
         print("\nPublished, mean ± standard deviation over seeds:\n")
         print(tables.models_table(read_json(tables.PUBLISHED)))
     print(f"\nFigures, results.json and logs.json are in {args.plots_dir}.")

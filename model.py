@@ -12,6 +12,7 @@ Left out on purpose: dropout (every batch is fresh, nothing can be overfitted), 
 linear layers, anything for texts longer than one equation.
 """
 
+import atexit
 import dataclasses
 import hashlib
 import io
@@ -275,6 +276,7 @@ def join_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -282,6 +284,9 @@ def add_up(tensors):
     """Replaces each tensor by its sum over all processes; with one process, leaves them."""
     if dist.is_initialized():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError:
+            raise InputError("another process of this run has stopped") from None
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(total.view_as(tensor))

@@ -273,8 +273,7 @@ def main(args):
     batches = pair_batches(args, policy, reference, rank, world)
     asked_pairs = args.batch_size * math.comb(args.answers, 2)  # a step, for all processes
 
-    # ---- optimizer: AdamW for every weight. Muon moves all directions of a matrix equally far,
-    # which learns equations fast, but here much of that is drift.
+    # ---- optimizer: AdamW for every weight; with Muon the same share cost more KL
     optimizer = torch.optim.AdamW(
         policy.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
     )
@@ -306,14 +305,9 @@ def main(args):
             logps = completion_logps(policy, tokens, completion_mask)  # (R,)
             with torch.no_grad():
                 ref_logps = completion_logps(reference, tokens, completion_mask)
+            both = logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected]
             pair_losses, chosen_rewards, rejected_rewards = dpo_loss(
-                logps[chosen],
-                logps[rejected],
-                ref_logps[chosen],
-                ref_logps[rejected],
-                args.beta,
-                args.loss,
-                args.label_smoothing,
+                *both, args.beta, args.loss, args.label_smoothing
             )
             # Divided by the pairs asked for, so that few mistakes have little weight.
             loss = (pair_losses.sum() - args.nll_weight * logps[anchor].sum()) / asked_pairs

@@ -74,7 +74,7 @@ def run(flags, seed, samples=100):
         p = torch.tensor(run("", seed)["p"], dtype=torch.float64)
     else:
         reference = model
-        p, _ = evaluate.preferred_shares(reference, 3, torch.Generator())
+        p = evaluate.preferred_shares(reference, 3, torch.Generator())
     result = evaluate.evaluate(model, reference, p, 3, samples, seed)
     result |= {"args": args, "seconds": evaluate.read_log(out)[-1]["seconds"]}
     if flags:

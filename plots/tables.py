@@ -192,7 +192,7 @@ TABLES = {
 
 
 def fill(text, content):
-    """A README with every table and number between markers written anew."""
+    """A README with every table and number between its markers written anew."""
 
     def number(found):
         value = content
@@ -204,8 +204,11 @@ def fill(text, content):
     def table(found):
         return f"<!-- table {found[1]} -->\n{TABLES[found[1]](content)}\n<!-- end -->"
 
+    for name in TABLES:
+        if f"<!-- table {name} -->" not in text:
+            raise InputError(f"the README has no place for the table {name}: <!-- table {name} -->")
     text = re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
-    return re.sub(r"<!-- ([^>]+/[^>]+) (\.\d[f%]) -->[^<]*<!-- end -->", number, text)
+    return re.sub(r"<!-- ([^>]+) (\.\d[f%]) -->[^<]*<!-- end -->", number, text)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""The README says what plots/results.json says, shows figures that exist, and names real flags."""
+"""The README says what published.json says, shows figures that exist, and names real flags."""
 
 import json
 import re
@@ -8,36 +8,39 @@ import data
 import evaluate
 import train_dpo
 import train_sft
+from plots import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {
+    "data.py": data,
+    "train_sft.py": train_sft,
+    "train_dpo.py": train_dpo,
+    "evaluate.py": evaluate,
+}
 
 
-def test_every_table_is_the_one_of_results_json():
-    results = json.loads((ROOT / "plots" / "results.json").read_text())
-    for name, table in evaluate.readme_tables(results).items():
-        if f"<!-- {name} -->" not in README:
-            continue
-        assert f"<!-- {name} -->\n{table}\n<!-- end {name} -->" in README, (
-            f"make writes the table {name!r} anew"
-        )
+def test_every_table_and_number_is_the_one_of_published_json():
+    published = json.loads(tables.PUBLISHED.read_text())
+    assert tables.fill(README, published) == README, "make publish writes them anew"
+
+
+def test_no_measured_number_stands_outside_of_a_marker():
+    """Decimal fractions in prose are settings (β, shares of flags) or come from published.json."""
+    text = re.sub(r"<!-- .*?<!-- end -->", "", README, flags=re.DOTALL)
+    text = re.sub(r"```.*?```|`[^`]*`|arXiv [0-9.]+", "", text, flags=re.DOTALL)
+    settings = {"0.8", "9.17", "3.11"}
+    assert set(re.findall(r"\d+\.\d+", text)) <= settings
 
 
 def test_every_figure_and_file_exists():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(
-        r"`([a-z_]+\.py)`", README
-    ):
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    for path in linked + re.findall(r"`([a-z_]+\.py)`", README):
         assert (ROOT / path).is_file(), path
 
 
 def test_every_command_parses():
-    scripts = {
-        "data.py": data,
-        "train_sft.py": train_sft,
-        "train_dpo.py": train_dpo,
-        "evaluate.py": evaluate,
-    }
-    commands = re.findall(r"python (\w+\.py)([^`\n#]*)", README)
-    assert len(commands) > 3
+    commands = re.findall(r"python (\w+\.py)([^`\n#>|]*)", README)
+    assert len(commands) > 8
     for script, flags in commands:
-        scripts[script].parse_args(flags.split())
+        SCRIPTS[script].parse_args(flags.split())
