@@ -206,32 +206,27 @@ def draw_tokens(models, folder):
 
     `models` maps names to what `who_pays` of evaluate.py returns.
     """
-    figure, (bars, *row) = plt.subplots(
-        1,
-        1 + len(models),
-        figsize=(3 + 4.2 * len(models), 4),
-        width_ratios=[1] + [1.7] * len(models),
+    shown = [name for name in ("dpo_offline", "dpo") if name in models]
+    figure, axes = plt.subplot_mosaic(
+        [["bars"] * len(shown), shown], figsize=(9.5, 6.4), height_ratios=(1, 2)
     )
-    kinds = list(next(iter(models.values()))["rejected"])
-    for x, tokens in enumerate(models.values()):
-        bottom = 0
-        for kind, colour in zip(kinds, TOKEN_COLOURS):
-            height = tokens["rejected"][kind]
-            bars.bar(x, height, bottom=bottom, color=colour, label=kind if x == 0 else None)
-            bottom += height
-    names = [label_and_colour(name, models)[0] for name in models]
-    bars.set_xticks(
-        range(len(models)), [name.replace(" DPO", "\nDPO") for name in names], fontsize=9
-    )
-    bars.set_ylabel("log π − log π_ref of rejected answers\n(nats, mean of 2,000)")
-    bars.legend(fontsize=9, loc="lower right")
-    bars.grid(axis="x", visible=False)
-    limit = max(abs(x) for m in models.values() for s in m["strings"] for x in s["nats"])
-    for axes, name, tokens in zip(row, names, models.values()):
-        strings = sorted(tokens["strings"], key=lambda string: string["prompt"])
-        image = draw_heat_map(axes, strings, limit)
-        axes.set_title(name)
-    figure.colorbar(image, ax=row, label="log π − log π_ref (nats)")
+    labels = [label_and_colour(name, models)[0] for name in models]
+    left = np.zeros(len(models))
+    for kind, colour in zip(models[shown[0]]["rejected"], TOKEN_COLOURS):
+        nats = np.array([tokens["rejected"][kind] for tokens in models.values()])
+        axes["bars"].barh(labels, nats, left=left, color=colour, label=kind)
+        left += nats
+    axes["bars"].invert_yaxis()
+    axes["bars"].grid(axis="y", visible=False)
+    axes["bars"].set_xlabel("log π − log π_ref of rejected answers (nats, mean of 2,000)")
+    axes["bars"].legend(fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    limit = max(abs(x) for name in shown for s in models[name]["strings"] for x in s["nats"])
+    for name in shown:
+        strings = sorted(models[name]["strings"], key=lambda string: string["prompt"])
+        image = draw_heat_map(axes[name], strings, limit)
+        axes[name].set_title(label_and_colour(name, models)[0])
+        axes[name].tick_params(labelleft=name == shown[0])
+    figure.colorbar(image, ax=[axes[name] for name in shown], label="log π − log π_ref (nats)")
     save(figure, folder, "tokens")
 
 
@@ -356,5 +351,5 @@ def draw_all(results, logs, folder):
         if dpo_logs:
             draw_curves(dpo_logs, folder)
             draw_mass(dpo_logs, results["task"]["preferred_terms"], folder)
-        if tokens:
+        if {"dpo_offline", "dpo"} & set(tokens):
             draw_tokens(tokens, folder)

@@ -31,6 +31,7 @@ from model import load_checkpoint  # noqa: E402
 RUNS = Path("runs/lesson")
 SEEDS = (1, 2, 3, 4, 5)
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3")
+STEPS = "--steps 250"  # of every method
 METHODS = {  # name: flags, each tried with every rate
     "imitation": ["--pairs offline --loss sft"],
     "offline": ["--pairs offline"],
@@ -44,46 +45,53 @@ METHODS = {  # name: flags, each tried with every rate
     "on-policy": ["--pairs on-policy"],
     "on-policy + NLL": ["--pairs on-policy --nll-weight 1"],
 }
+DEFAULT = "--pairs online"  # the default run of train_dpo.py
+BETAS = ("0.1", "0.3", "2")
+OTHER_PAIRS = (11, 12, 13, 14, 15)  # seeds of offline runs from one SFT model
+EXERCISES = (
+    "--pairs offline --lr 3e-3",
+    "--pairs offline --lr 1e-3 --nll-weight 0.1",
+    "--pairs online --preferred-terms 5",
+)
+BEST_OF = (2, 4, 8, 16)
 JUDGE = "--judge-reward 1 --answers 8 --batch-size 32 --steps 2000 --lr 1e-3"
 JUDGE_SEEDS = (1,)
-BETAS = ("0.3", "0.5", "0.8", "1.3", "2")
-BEST_OF = (2, 4, 8, 16)
-LONGER = ("--steps 1000", "--lr 5e-4", "--lr 2e-3")  # does more of either change anything?
+JUDGE_BETAS = ("0.3", "0.5", "0.8", "1.3", "2")
 
 
-def sft_path(seed):
-    return RUNS / f"sft_{seed}.pt"
-
-
-def run(flags, seed, samples=100):
+def run(flags, seed, samples=100, sft_seed=None):
     """The result of one run, from its file if it is done; without flags a run of train_sft.py."""
-    out = RUNS / ("_".join(flags.replace("--", "").split() or ["sft"]) + f"_{seed}.pt")
+    sft_seed = seed if sft_seed is None else sft_seed
+    sft, out = RUNS / f"sft_{sft_seed}.pt", RUNS / f"{name_of(flags)}_{seed}.pt"
     result_file = out.with_suffix(".json")
     if result_file.exists():
         return json.loads(result_file.read_text())
     torch.set_num_threads(1)
     script = train_dpo if flags else train_sft
-    arguments = f"{flags} --seed {seed} --out {out}" + (f" --sft {sft_path(seed)}" if flags else "")
-    if flags or not out.exists():
+    arguments = f"{flags} --seed {seed} --out {out}" + (f" --sft {sft}" if flags else "")
+    if not out.exists():
         with open(os.devnull, "w") as nowhere:
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 script.main(script.parse_args(arguments.split()))
     model, args = load_checkpoint(out)
-    if flags:
-        reference, _ = load_checkpoint(sft_path(seed))
-        p = torch.tensor(run("", seed)["p"], dtype=torch.float64)
+    reference, terms = load_checkpoint(sft)[0], args.get("preferred_terms", 3)
+    if flags and terms == 3:
+        p = torch.tensor(run("", sft_seed)["p"], dtype=torch.float64)
     else:
-        reference = model
-        p = evaluate.preferred_shares(reference, 3, torch.Generator())
-    result = evaluate.evaluate(model, reference, p, 3, samples, seed)
+        p = evaluate.preferred_shares(reference, terms, torch.Generator())
+    result = evaluate.evaluate(model, reference, p, terms, samples, seed)
     result |= {"args": args, "seconds": evaluate.read_log(out)[-1]["seconds"]}
     if flags:
-        result["tokens"] = evaluate.who_pays(model, reference, 3)["rejected"]
+        result["tokens"] = evaluate.who_pays(model, reference, terms)["rejected"]
     else:
         result |= {"p": p.tolist(), "gap": evaluate.gap_to_floor(model)}
     with replacing(result_file) as (file,):
         file.write(json.dumps(result).encode())
     return result
+
+
+def name_of(flags):
+    return "_".join(flags.replace("--", "").split()) or "sft"
 
 
 def results(title, futures):
@@ -92,42 +100,59 @@ def results(title, futures):
 
 def main():
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        sft = [pool.submit(run, "", seed) for seed in (0, *SEEDS)]
-        grid = {  # of each method, what its flags and rates give on seed 0
-            f"{flags} --lr {rate}": pool.submit(run, f"{flags} --lr {rate}", 0, 20)
-            for variants in METHODS.values()
-            for flags in variants
-            for rate in RATES
-        }
-        sft = results("SFT", sft)
-        shares = [r["sampled"]["all"]["preferred"] for r in results("rates", grid.values())]
-        grid, methods, futures = dict(zip(grid, shares)), {}, []
-        for name, variants in METHODS.items():
-            tried = {f: grid[f] for f in grid if any(f.startswith(v + " --lr") for v in variants)}
-            best = max(tried, key=tried.get)
-            methods[name] = {"flags": best, "rates": tried}
-            futures += [pool.submit(run, best, seed) for seed in SEEDS]
-        done = results("methods", futures)
-        for i, method in enumerate(methods.values()):
-            method["runs"] = done[i * len(SEEDS) : (i + 1) * len(SEEDS)]
+        sft = results("SFT", [pool.submit(run, "", seed) for seed in (0, *SEEDS)])
+        methods = compare(pool)
+        default = [pool.submit(run, DEFAULT, seed) for seed in SEEDS]
         jobs = judge_jobs()
-        judged = results("judge", [pool.submit(run, flags, seed) for flags, seed, _ in jobs])
-    summary = {
-        "sft": sft[1:],
-        "methods": methods,
-        "judge": [judge_record(*job, result, sft) for job, result in zip(jobs, judged)],
-        "frontier": frontier(sft[1:]),
-    }
+        judged = [pool.submit(run, flags, seed) for flags, seed, _ in jobs]
+        offline = methods["offline"]["flags"]
+        extra = {
+            "one SFT model": [pool.submit(run, offline, seed, 100, 1) for seed in OTHER_PAIRS],
+            **{f"exercise {i}": [pool.submit(run, e, 1)] for i, e in enumerate(EXERCISES, start=1)},
+            **{
+                f"beta {beta}": [pool.submit(run, f"{DEFAULT} --beta {beta}", s) for s in SEEDS[:3]]
+                for beta in BETAS
+            },
+        }
+        extra = {name: results(name, futures) for name, futures in extra.items()}
+        judged = zip(jobs, results("judge", judged))
+        summary = {
+            "sft": sft[1:],
+            "default": results("default", default),
+            "methods": methods,
+            "extra": extra,
+            "judge": [judge_record(*job, result, sft) for job, result in judged],
+            "frontier": frontier(sft[1:]),
+        }
     with replacing(RUNS / "summary.json") as (file,):
         file.write(json.dumps(summary).encode())
+
+
+def compare(pool):
+    """Every method at the best of the rates on seed 0, and its results over the other seeds."""
+    tried = {
+        name: [f"{flags} {STEPS} --lr {rate}" for flags in variants for rate in RATES]
+        for name, variants in METHODS.items()
+    }
+    grid = {
+        flags: pool.submit(run, flags, 0, 20) for variants in tried.values() for flags in variants
+    }
+    shares = [result["sampled"]["all"]["preferred"] for result in results("rates", grid.values())]
+    shares, methods, futures = dict(zip(grid, shares)), {}, {}
+    for name, variants in tried.items():
+        best = max(variants, key=shares.get)
+        methods[name] = {"flags": best, "rates": {flags: shares[flags] for flags in variants}}
+        futures[name] = [pool.submit(run, best, seed) for seed in SEEDS]
+    for name in methods:
+        methods[name]["runs"] = results(name, futures[name])
+    return methods
 
 
 def judge_jobs():
     """(flags, seed, note) of the runs with a judge that errs, by seed."""
     sources = [f"--pairs {source} {JUDGE}" for source in ("on-policy", "reference")]
-    lines = [(f"{source} --beta {beta}", "") for beta in BETAS for source in sources]
+    lines = [(f"{source} --beta {beta}", "") for beta in JUDGE_BETAS for source in sources]
     lines += [(f"{sources[1]} --loss sft", "imitation of the winners")]
-    lines += [(f"{sources[0]} {more}", more) for more in LONGER]
     return [(flags, seed, note) for seed in JUDGE_SEEDS for flags, note in lines]
 
 

@@ -21,7 +21,7 @@ from plots import figures  # noqa: E402
 
 PUBLISHED = ROOT / "plots" / "published.json"
 README = ROOT / "README.md"
-MODELS = {"dpo_offline": "offline", "dpo_offline_nll": "offline + NLL", "dpo": "online"}
+MODELS = {"dpo_offline": "offline", "dpo_offline_nll": "offline + NLL"}  # and the default
 NEEDS = {
     "offline": "written answers",
     "online": "written answers, a judge",
@@ -70,8 +70,9 @@ def summarise(runs):
 
 def publish(summary):
     """The content of published.json."""
-    runs = {"sft": summary["sft"]}
+    runs = {"sft": summary["sft"], "dpo": summary["default"]}
     runs |= {model: summary["methods"][name]["runs"] for model, name in MODELS.items()}
+    runs = {name: runs[name] for name in figures.in_order(runs)}
     methods = {}
     for name, method in summary["methods"].items():
         kl, share = METRICS["KL from SFT (nats)"], METRICS["preferred"]
@@ -94,6 +95,7 @@ def publish(summary):
             runs[0] | {key: over_seeds([r[key] for r in runs]) for key in JUDGED}
             for runs in judge.values()
         ],
+        "extra": {name: summarise(results) for name, results in summary["extra"].items()},
         "frontier": summary["frontier"],
         "tokens": {
             model: {

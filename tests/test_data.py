@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
+import re
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -13,20 +15,22 @@ import data
 
 
 def test_encode_and_decode_are_inverse():
-    text = "100=50+50"
     assert data.encode("9=4+5") == [9, 11, 4, 10, 5]
-    assert data.decode(data.encode(text) + [data.END, data.PAD]) == text
+    for text in ("100=50+50", "43=10+30+3", "9=", "0123456789+="):
+        tokens = data.encode(text) + [data.END]
+        assert data.decode([data.PAD] * 2 + tokens + [data.PAD] * 3) == data.decode(tokens) == text
 
 
-def test_text_cut_off_before_its_end_token_is_no_answer():
-    assert data.decode(data.encode("9=4+5")) == "9=4+5…"
-    assert data.parse("9=4+5…") is None
-    assert data.parse(data.decode(data.encode("9=4+5") + [data.PAD, data.END])) is None
+def test_text_without_an_end_token_or_with_padding_inside_is_no_answer():
+    nine, PAD, END = data.encode("9=4+5"), data.PAD, data.END
+    assert data.decode(nine) == data.decode(nine + [PAD]) == "9=4+5…"
+    for tokens in (nine, nine + [PAD], nine + [PAD, END], nine[:2] + [PAD] + nine[2:] + [END]):
+        assert data.parse(data.decode(tokens)) is None
 
 
 @pytest.mark.parametrize("text", ["9-4", "9=4 5", "9=４+5", "9=4+5\n"])
-def test_encode_names_the_character_it_lacks(text):
-    with pytest.raises(ValueError, match="is not one of the characters"):
+def test_encode_refuses_other_characters(text):
+    with pytest.raises(ValueError):
         data.encode(text)
 
 
@@ -70,6 +74,15 @@ def test_parse_accepts(text, parsed):
 )
 def test_parse_rejects(text):
     assert data.parse(text) is None
+
+
+def test_exact_means_that_the_terms_add_up_and_preferred_also_their_number():
+    assert data.is_exact("9=4+5") and data.is_exact("9=9") and data.is_exact("6=1+1+1+1+1+1")
+    for answer in ("9=4+4", "9=4+05", "9=4+5…", "9=", "1=", ""):
+        assert not data.is_exact(answer)
+    assert data.is_preferred("9=3+3+3", 3) and data.is_preferred("9=4+5", 2)
+    for answer in ("9=4+5", "9=3+3+4", "9=1+2+3+3", "9=3+3+3…", "9=+3+6"):
+        assert not data.is_preferred(answer, 3)
 
 
 def chi_square(observed, expected):
@@ -116,66 +129,98 @@ def test_entropy_floor_is_the_mean_surprise_of_an_equation():
     every = [math.comb(n - 1, k - 1) for k in data.TERM_COUNTS]
     entropy = -sum(number * (1 / 4 / number) * math.log(1 / 4 / number) for number in every)
     assert data.entropy_floor([n]) == pytest.approx(entropy)
-    assert sum(
-        number * math.exp(-data.equation_nats(n, k)) for number, k in zip(every, data.TERM_COUNTS)
-    ) == (pytest.approx(1.0))
+    # By hand: 2 terms of 5 are one of 4 completions, 3 terms of 9 one of 28; each K has 1/4.
+    examples = [("5=", "2+3"), ("9=", "3+3+3")]
+    assert data.nats_per_equation(examples) == pytest.approx((math.log(16) + math.log(112)) / 2)
 
 
 @pytest.mark.parametrize("max_sum", [20, 100, 999])
 def test_held_out_sums_are_spread_and_never_drawn(max_sum):
-    held_out, seen = data.held_out_sums(max_sum), data.seen_sums(max_sum)
-    assert len(set(held_out)) == data.HELD_OUT
+    held_out, seen = data.held_out_sums(max_sum), data.seen_sums(max_sum).tolist()
+    assert len(set(held_out)) == 10
     assert sorted(held_out + seen) == list(range(5, max_sum + 1))
-    gaps = np.diff([5, *held_out, max_sum])
-    assert gaps.max() <= math.ceil((max_sum - 5) / 10)
+    assert np.diff([5, *held_out, max_sum]).max() <= math.ceil((max_sum - 5) / 10)
+    rng = np.random.default_rng(5)
+    drawn = [prompt for prompt, _ in data.random_equations(rng, 2000, data.seen_sums(max_sum))]
+    assert set(drawn).isdisjoint(f"{n}=" for n in held_out)
 
 
-@pytest.mark.parametrize("max_sum", [20, 100, 104, 999])
-def test_longest_equation_is_reached_and_never_passed(max_sum):
-    widest = 0
-    for k in data.TERM_COUNTS:
-        completions = data.compositions(
-            np.random.default_rng(3), np.full(20_000, max_sum), np.full(20_000, k)
-        )
-        widest = max(widest, max(map(len, completions)))
-    # 104 may have room for five terms of three digits, but no composition of it has them.
-    assert len(f"{max_sum}=") + widest + 1 <= data.longest_equation(max_sum)
-    if max_sum in (100, 999):
-        assert len(f"{max_sum}=") + widest + 1 == data.longest_equation(max_sum)
+def test_held_out_sums_up_to_100():
+    """Slices of 9.5 from 5, each at 0.6 of its width: 10.7, 20.2, ..., 96.2."""
+    assert data.held_out_sums() == [11, 20, 30, 39, 49, 58, 68, 77, 87, 96]
+
+
+def test_longest_completion_is_reached_and_never_passed():
+    """Against every pattern of term lengths: one of d digits is 10^(d - 1) or more."""
+    patterns = [p for k in data.TERM_COUNTS for p in product((1, 2, 3), repeat=k)]
+    least = [(sum(10 ** (d - 1) for d in p), sum(p) + len(p) - 1) for p in patterns]
+    longest = {top: max(width for total, width in least if total <= top) for top in range(20, 1000)}
+    assert all(width <= data.longest_completion(top) for top, width in longest.items())
+    for top in (100, 999):  # elsewhere room for all terms of the largest one's length is too much
+        assert data.longest_completion(top) == longest[top]
+    sums, counts = np.full(1000, 999), np.full(1000, 5)
+    drawn = data.compositions(np.random.default_rng(3), sums, counts)
+    assert max(map(len, drawn)) == longest[999] == 19
 
 
 @pytest.mark.parametrize("preferred", data.TERM_COUNTS)
 def test_pairs_differ_in_form_alone(preferred):
-    rejected_counts = Counter()
-    for prompt, chosen, rejected in data.random_pairs(
-        np.random.default_rng(4), 500, data.seen_sums(), preferred
-    ):
+    """Both sides are right; rejected has each of the other numbers of terms equally often."""
+    n, numbers = 3000, Counter()
+    sums = data.seen_sums()
+    for prompt, chosen, rejected in data.random_pairs(np.random.default_rng(4), n, sums, preferred):
         total, chosen_terms = data.parse(prompt + chosen)
         _, rejected_terms = data.parse(prompt + rejected)
-        assert sum(chosen_terms) == sum(rejected_terms) == total
+        assert sum(chosen_terms) == sum(rejected_terms) == total in sums
         assert len(chosen_terms) == preferred
-        rejected_counts[len(rejected_terms)] += 1
-    assert set(rejected_counts) == set(data.TERM_COUNTS) - {preferred}
+        numbers[len(rejected_terms)] += 1
+    others = set(data.TERM_COUNTS) - {preferred}
+    assert set(numbers) == others
+    assert chi_square(numbers, {k: n / 3 for k in others}) < 13.82  # 2 dof, p = 0.001
 
 
-def test_collate_pads_right_and_masks_completions_by_position():
-    tokens, mask = data.collate([("9=", "4+5"), ("10=", "0")])
+def test_collate_aligns_the_equals_signs_and_masks_completions_by_position():
+    tokens, mask = data.collate([("9=", "4+5"), ("100=", "0"), ("10=", "")])
     END, PAD = data.END, data.PAD
-    assert tokens.tolist() == [[9, 11, 4, 10, 5, END], [1, 0, 11, 0, END, PAD]]
+    assert tokens.tolist() == [
+        [PAD, PAD, 9, 11, 4, 10, 5, END],
+        [1, 0, 0, 11, 0, END, PAD, PAD],
+        [PAD, 1, 0, 11, END, PAD, PAD, PAD],
+    ]
     assert mask.tolist() == [
-        [False, False, True, True, True, True],
-        [False] * 3 + [True, True, False],
+        [False] * 4 + [True] * 4,
+        [False] * 4 + [True] * 2 + [False] * 2,
+        [False] * 4 + [True] + [False] * 3,
     ]
     assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
+    tokens, mask = data.collate([])
+    assert tokens.shape == mask.shape == (0, 5)
 
 
-def test_pairs_file_round_trip(tmp_path):
+def printed(capsys, *flags):
+    """The lines that `python data.py FLAGS` prints."""
+    data.main(data.parse_args(flags))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_equations_on_the_command_line(capsys):
+    """More than are drawn at once, and as many as asked for."""
+    lines = printed(capsys, "--count", "1003", "--seed", "5", "--max-sum", "30")
+    assert len(lines) == 1003 and all(map(data.is_exact, lines)) and len(set(lines)) > 500
+    sums = {data.parse(line)[0] for line in lines}
+    assert sums == set(range(5, 31)) - set(data.held_out_sums(30))
+    assert printed(capsys, "--count", "7", "--seed", "5") != printed(capsys, "--count", "7")
+    assert printed(capsys, "--count", "7", "--seed", "0") == printed(capsys, "--count", "7")
+
+
+def test_pairs_printed_on_the_command_line_can_be_read_back(tmp_path, capsys):
+    flags = ("--pairs", "--count", "7", "--seed", "5", "--preferred-terms", "4")
+    lines = printed(capsys, *flags)
+    assert all(list(json.loads(line)) == ["prompt", "chosen", "rejected"] for line in lines)
     path = tmp_path / "pairs.jsonl"
-    data.main(data.parse_args(["--pairs", "--count", "7", "--seed", "5", "--out", str(path)]))
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert all(list(line) == ["prompt", "chosen", "rejected"] for line in lines)
-    expected = data.random_pairs(np.random.default_rng(5), 7, data.seen_sums(), 3)
-    assert data.read_pairs(path, 19) == expected
+    path.write_text("\n".join(lines) + "\n")
+    pairs = data.read_pairs(path, 19)
+    assert pairs == data.random_pairs(np.random.default_rng(5), 7, data.seen_sums(), 4)
 
 
 GOOD = '{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}'
@@ -184,15 +229,23 @@ GOOD = '{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}'
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        ("{", "not JSON"),
-        ("[1, 2]", "exactly the keys"),
+        ("{", "Expecting property name"),
+        ("", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+        ("1" * 5000, "integer string conversion"),
+        ("[1, 2]", "exactly the keys prompt, chosen, rejected"),
         ('{"prompt": "9=", "chosen": "3+3+3"}', "exactly the keys"),
-        (GOOD.replace("3+3+3", "3+x+3"), "chosen: 'x' is not one of the characters"),
-        (GOOD.replace('"4+5"', "45"), "rejected must be a string"),
-        (GOOD.replace("9=", "9"), "prompt must be a sum and an equals sign"),
-        (GOOD.replace("4+5", "1+" * 20), "the model has room for 19"),
-        ("", "not JSON"),
+        (GOOD.replace("}", ', "note": "x"}'), "exactly the keys"),
+        (GOOD.replace("3+3+3", "3+x+3"), "chosen must be at most 19 characters"),
+        (GOOD.replace("4+5", "4+5\\n"), r"not '4+5\n'"),
+        (GOOD.replace('"4+5"', '["4+5"]'), "rejected must be at most 19 characters"),
+        (GOOD.replace("4+5", "1+" * 10), "rejected must be at most 19 characters"),
+        (GOOD.replace("9=", "9"), "prompt must be a sum up to 999 and ="),
+        (GOOD.replace("9=", "09="), "prompt must be a sum"),
+        (GOOD.replace("9=", "1000="), "prompt must be a sum"),
+        (GOOD.replace('"9="', "9"), "prompt must be a sum"),
     ],
+    ids=lambda text: text[:60],
 )
 def test_bad_pairs_are_named_by_file_and_line(tmp_path, line, complaint):
     path = tmp_path / "pairs.jsonl"
@@ -203,23 +256,85 @@ def test_bad_pairs_are_named_by_file_and_line(tmp_path, line, complaint):
     assert "\n" not in str(error.value)
 
 
-def test_pairs_file_must_exist_and_hold_a_pair(tmp_path):
+def test_pairs_file_must_exist_hold_text_and_a_pair(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    with pytest.raises(data.InputError, match="cannot read the pairs file"):
+    with pytest.raises(data.InputError, match=re.escape(f"cannot read the pairs file {path}")):
+        data.read_pairs(path, 19)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(data.InputError, match=re.escape(f"cannot read the pairs file {path}")):
         data.read_pairs(path, 19)
     path.write_text("")
     with pytest.raises(data.InputError, match="holds no pair"):
         data.read_pairs(path, 19)
+    path.write_text(GOOD.replace("4+5", "1+" * 9 + "1"))  # exactly as long as there is room for
+    assert data.read_pairs(path, 19) == [("9=", "3+3+3", "1+" * 9 + "1")]
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "out.txt"
-    path.write_text("before")
-    with pytest.raises(RuntimeError):
-        with data.replacing(path) as file:
-            file.write("half")
-            raise RuntimeError
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    with data.replacing(path) as file:
-        file.write("after")
-    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+def test_files_are_replaced_together_or_not_at_all(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("before")
+    for failure in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(failure), data.replacing(one, two) as files:
+            for file in files:
+                file.write(b"half")
+            raise failure
+        assert one.read_text() == "before" and list(tmp_path.iterdir()) == [one]
+    with data.replacing(one, two) as files:
+        for file, text in zip(files, (b"1", b"2")):
+            file.write(text)
+        assert one.read_text() == "before" and not two.exists()
+    assert one.read_text() == "1" and two.read_text() == "2"
+    assert sorted(tmp_path.iterdir()) == [one, two]
+
+
+def test_a_file_that_cannot_be_written_is_named_before_any_work(tmp_path):
+    one, folder, file = tmp_path / "one", tmp_path / "folder", tmp_path / "file"
+    folder.mkdir(), file.write_text("in the way")
+    for path in (folder, file / "below"):
+        with pytest.raises(data.InputError, match=re.escape(f"cannot write {one} or {path}: ")):
+            with data.replacing(one, path):
+                pytest.fail("the block is not entered")
+    assert sorted(tmp_path.iterdir()) == [file, folder] and file.read_text() == "in the way"
+
+
+def test_two_processes_that_write_the_same_file_do_not_meet(tmp_path):
+    """Each leaves a whole file, and the last one to end wins."""
+    path = tmp_path / "deep" / "out"
+    with data.replacing(path) as [file]:
+        file.write(b"mine")
+        file.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                with data.replacing(path) as [its_file]:
+                    its_file.write(b"its")
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert path.read_text() == "its"
+    assert path.read_text() == "mine" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_not_kept_is_not_written(tmp_path):
+    path = tmp_path / "out"
+    with data.replacing(path, tmp_path / "other", keep=False) as files:
+        for file in files:
+            file.write(b"nothing")
+        assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and os.path.exists(os.devnull)
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--count", "0"], "--count: invalid positive_int value: '0'"),
+        (["--max-sum", "19"], "--max-sum: 19 is not from 20 to 999"),
+        (["--max-sum", "1000"], "--max-sum: 1000 is not from 20 to 999"),
+        (["--preferred-terms", "6"], "--preferred-terms: invalid choice: 6"),
+        (["--seed", "-1"], "--seed: invalid seed value: '-1'"),
+    ],
+)
+def test_bad_flags_are_refused(flags, complaint, capsys):
+    with pytest.raises(SystemExit) as error:
+        data.parse_args(flags)
+    assert error.value.code == 2 and complaint in capsys.readouterr().err

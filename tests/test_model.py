@@ -1,184 +1,262 @@
-"""The Transformer's invariants, its log-probs against a plain loop, and its checkpoints."""
+"""The Transformer's invariants, log-probs and samples against plain loops, and checkpoints."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 
-import data
-from data import END, InputError, collate, decode
-from model import (
-    GPT,
-    GPTConfig,
-    Muon,
-    completion_logps,
-    find_device,
-    generate,
-    load_checkpoint,
-    save_checkpoint,
-    token_logps,
-)
+import model as model_file
+from data import END, PAD, PROMPT_WIDTH, VOCAB_SIZE, InputError, collate, encode
+from data import random_equations, replacing
+from model import GPT, GPTConfig, add_up, completion_logps, find_device, fingerprint, generate
+from model import load_checkpoint, save_checkpoint, token_logps
 
-EXAMPLES = [
-    ("100=", "50+50"),
-    ("43=", "10+30+3"),
-    ("9=", "3+3+3"),
-    ("10=", "0"),
-    ("87=", "1+2+3+4+77"),
-]
+PROMPTS = ["100=", "43=", "9=", "5=", "77=", "999="]
 
 
-@pytest.fixture
-def model():
-    """A small model with every weight random, so that nothing cancels by chance."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(depth=3, width=16, heads=2)).eval()
+def random_model():
+    """Every weight is random, so that nothing cancels by chance; most answers end, not all."""
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(depth=2, width=16, heads=2, max_sum=20)).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    torch.nn.init.normal_(model.head.weight, std=2.0)
+        torch.nn.init.normal_(parameter, std=0.4)
+    torch.nn.init.constant_(model.norm.weight, 1)
+    with torch.no_grad():
+        end = model.head.weight[END]
+        model.norm.bias += end / end.square().sum()
     return model
 
 
-def plain_token_logps(model, prompt, completion):
-    """Token by token with no padding, mask or batch: probabilities normalised in Python floats."""
-    tokens = data.encode(prompt + completion) + [END]
+@pytest.fixture(scope="module")
+def model():
+    """In double precision, where rounding is far below what the tests tolerate."""
+    return random_model().double()
+
+
+def padded(text):
+    """Token ids of a text whose prompt ends in column 3: "9=4" -> [PAD, PAD, 9, 11, 4]."""
+    return [PAD] * (PROMPT_WIDTH - 1 - text.index("=")) + encode(text)
+
+
+def plain_logps(model, tokens):
+    """Of the tokens after the prompt, one by one: no batch, and sums of exps in Python floats."""
     logps = []
-    for t in range(len(prompt), len(tokens)):
+    for t in range(PROMPT_WIDTH, len(tokens)):
         with torch.no_grad():
             logits = model(torch.tensor([tokens[:t]]))[0, -1].tolist()
         logps.append(logits[tokens[t]] - math.log(sum(math.exp(x) for x in logits)))
     return logps
 
 
-def test_logps_equal_a_plain_loop_whatever_the_padding(model):
-    tokens, mask = collate(EXAMPLES)
-    per_token = token_logps(model, tokens, mask)
-    summed = completion_logps(model, tokens, mask)
-    for i, (prompt, completion) in enumerate(EXAMPLES):
-        expected = plain_token_logps(model, prompt, completion)
-        assert per_token[i][mask[i, 1:]].tolist() == pytest.approx(expected, abs=1e-4)
-        assert per_token[i][~mask[i, 1:]].abs().sum() == 0
-        assert summed[i].item() == pytest.approx(sum(expected), abs=1e-4)
-        alone = completion_logps(model, *collate([EXAMPLES[i]]))
-        assert alone.item() == pytest.approx(summed[i].item(), abs=1e-4)
+def test_logps_equal_a_plain_loop_whatever_the_batch_and_the_padding(model):
+    """More rows than go through the model at a time, and not sorted by length."""
+    rng = np.random.default_rng(0)
+    examples = [*random_equations(rng, 150, range(5, 21)), ("10=", ""), ("999=", "0+0")]
+    lengths = [len(completion) for _, completion in examples]
+    assert len(examples) > 2 * model_file.ROWS and lengths != sorted(lengths)
+    tokens, mask = collate(examples)
+    per_token, summed = (f(model, tokens, mask) for f in (token_logps, completion_logps))
+    assert per_token.shape == (len(examples), tokens.shape[1] - 1)
+    for i, (prompt, completion) in enumerate(examples):
+        expected = plain_logps(model, padded(prompt + completion) + [END])
+        assert per_token[i][mask[i, 1:]].tolist() == pytest.approx(expected, abs=1e-9)
+        assert per_token[i][~mask[i, 1:]].count_nonzero() == 0
+        assert summed[i].item() == pytest.approx(sum(expected), abs=1e-9)
+    for i in (0, 70, 151):
+        alone = completion_logps(model, *collate([examples[i]]))
+        assert alone.item() == pytest.approx(summed[i].item(), abs=1e-9)
+    wider = torch.nn.functional.pad(tokens, (0, 2)), torch.nn.functional.pad(mask, (0, 2))
+    assert completion_logps(model, *wider).tolist() == pytest.approx(summed.tolist(), abs=1e-9)
+
+
+def test_gradients_of_a_large_batch_equal_those_of_its_rows(model):
+    examples = random_equations(np.random.default_rng(1), model_file.ROWS + 6, range(5, 21))
+    weights = torch.arange(1.0, len(examples) + 1, dtype=torch.float64)  # no row is like another
+    model.zero_grad()
+    (weights * completion_logps(model, *collate(examples))).sum().backward()
+    together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for weight, example in zip(weights, examples):
+        (weight * completion_logps(model, *collate([example]))).sum().backward()
+    for p, grad in zip(model.parameters(), together):
+        assert torch.allclose(p.grad, grad, atol=1e-7)
 
 
 def test_token_id_zero_counts(model):
     """A digit 0 in a completion has a log-prob like any other: masks never read token ids."""
-    assert data.encode("0") == [0]
-    per_token = token_logps(model, *collate([("10=", "0")]))
-    assert torch.count_nonzero(per_token) == 2  # the 0 and the end token
+    assert encode("0") == [0]
+    assert torch.count_nonzero(token_logps(model, *collate([("10=", "0")]))) == 2  # 0 and END
 
 
-def test_logits_of_used_positions_do_not_depend_on_the_rest(model):
-    tokens, _ = collate(EXAMPLES)
-    everywhere = model(tokens)
-    used = tokens != data.PAD
-    assert torch.allclose(model(tokens, used)[used], everywhere[used], atol=1e-5)
-    assert model(tokens, used)[~used].abs().sum() == 0
-
-
-def test_muon_steps_as_the_one_of_torch_does(model):
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    muon = Muon(matrices, lr=0.1)
-    copies = [torch.nn.Parameter(matrix.detach().clone()) for matrix in matrices]
-    oracle = torch.optim.Muon(copies, lr=0.1, weight_decay=0, momentum=0.95)
-    starts = [matrix.detach().clone() for matrix in matrices]
-    for _ in range(3):
-        for matrix, copy in zip(matrices, copies):
-            matrix.grad = torch.randn_like(matrix)
-            copy.grad = matrix.grad.clone()
-        muon.step()
-        oracle.step()
-    for matrix, copy, start in zip(matrices, copies, starts):
-        moved, expected = matrix - start, copy - start  # the oracle computes in bfloat16
-        assert (moved - expected).norm() < 0.02 * expected.norm()
+def test_no_rows_give_no_logps_and_zero_gradients(model):
+    """Every weight has a gradient even so: processes add them up."""
+    model.zero_grad()
+    tokens, mask = torch.zeros(0, 9, dtype=torch.long), torch.zeros(0, 9, dtype=torch.bool)
+    assert token_logps(model, tokens, mask).shape == (0, 8)
+    assert token_logps(model, *collate([])).shape == (0, 4)
+    completion_logps(model, tokens, mask).sum().backward()
+    assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
 
 
 def test_no_position_sees_what_comes_after_it(model):
-    tokens, _ = collate(EXAMPLES)
-    changed = tokens.clone()
-    changed[:, 6:] = 1
-    assert torch.allclose(model(tokens)[:, :6], model(changed)[:, :6], atol=1e-5)
-    assert not torch.allclose(model(tokens)[:, 6:], model(changed)[:, 6:], atol=1e-2)
+    """Each column alone is changed: the logits before it stay, and its own do not."""
+    tokens, _ = collate([("100=", "50+50"), ("43=", "10+30+3"), ("9=", "3+3+3")])
+    before = model(tokens)
+    for t in range(tokens.shape[1]):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % VOCAB_SIZE
+        after = model(changed)
+        assert torch.allclose(after[:, :t], before[:, :t], atol=1e-12)
+        assert ((after - before)[:, t:].abs().amax(2) > 1e-4).all()  # and all later ones see it
 
 
-def test_cached_greedy_generation_equals_full_forward_passes_one_by_one(model):
-    prompts = ["100=", "43=", "9=", "5=", "77="]
+def test_greedy_answers_equal_full_forward_passes_one_by_one(model):
+    """Prompts of one, two and three digits in a batch; some rows end, each in its own time."""
+    prompts = [f"{n}=" for n in (100, 43, 9, 5, 77, 999, *range(1, 60))]
     tokens, mask = generate(model, prompts, greedy=True)
+    lengths = []
     for i, prompt in enumerate(prompts):
-        expected = data.encode(prompt)
+        expected = padded(prompt)
         while len(expected) < model.config.block_size and expected[-1] != END:
             with torch.no_grad():
                 expected.append(model(torch.tensor([expected]))[0, -1].argmax().item())
-        length = len(expected)
-        assert tokens[i, :length].tolist() == expected
-        assert mask[i].tolist() == [len(prompt) <= t < length for t in range(tokens.shape[1])]
-        assert (tokens[i, length:] == data.PAD).all()
+        lengths.append(len(expected))
+        assert tokens[i, : lengths[i]].tolist() == expected
+        assert (tokens[i, lengths[i] :] == PAD).all()
+        assert mask[i].tolist() == [4 <= t < lengths[i] for t in range(tokens.shape[1])]
+    ended = (tokens == END).any(1)
+    assert ended.any() and not ended.all() and len(set(lengths)) >= 4
 
 
-def test_sampling_follows_the_models_probabilities(model):
-    """Shares of the first tokens of 4,000 samples against their probabilities (5 std. errors)."""
-    n = 4000
-    tokens, mask = generate(model, ["9="] * n, generator=torch.Generator().manual_seed(0))
+def sample(model, prompts, seed=0):
+    return generate(model, prompts, generator=torch.Generator().manual_seed(seed))
+
+
+def test_logps_of_samples_equal_a_plain_loop(model):
+    """Tokens and mask as they were generated: ended at different times, or cut off."""
+    tokens, mask = sample(model, PROMPTS * 15)
+    lengths = (torch.arange(1, tokens.shape[1] + 1) * mask).amax(1).tolist()
+    ended = (tokens == END).any(1)
+    assert ended.any() and not ended.all() and len(set(lengths)) > 4
+    logps = completion_logps(model, tokens, mask).tolist()
+    for i, (row, length) in enumerate(zip(tokens.tolist(), lengths)):
+        assert row[:PROMPT_WIDTH] == padded(PROMPTS[i % len(PROMPTS)])
+        assert mask[i].tolist() == [PROMPT_WIDTH <= t < length for t in range(len(row))]
+        assert END not in row[: length - 1] and set(row[length:]) <= {PAD}
+        assert row[length - 1] == END or length == model.config.block_size
+        assert logps[i] == pytest.approx(sum(plain_logps(model, row[:length])), abs=1e-9)
+
+
+def test_samples_follow_the_models_probabilities_in_every_column(model):
+    """Of the rows still growing: how often each token comes, and how likely the drawn ones are.
+
+    Expected values and variances are sums over each row's own next-token probabilities, by a full
+    forward pass; tolerated are 5 standard errors, in each column and in all together. How likely
+    the drawn token is shows whether a row continues its own text or another's.
+    """
+    tokens, mask = sample(model, PROMPTS * 400)
+    assert mask[:, PROMPT_WIDTH:].sum(0).min() > 500  # rows in each column
     with torch.no_grad():
-        probabilities = model(torch.tensor([data.encode("9=")]))[0, -1].softmax(0)
-    shares = torch.bincount(tokens[:, 2], minlength=data.VOCAB_SIZE) / n
-    errors = (probabilities * (1 - probabilities) / n).sqrt()
-    assert ((shares - probabilities).abs() <= 5 * errors + 1e-4).all()
+        p = model(tokens)[:, :-1].softmax(-1)  # (B, T - 1, V)
+    drawn = torch.nn.functional.one_hot(tokens[:, 1:], VOCAB_SIZE)
+    surprise = (drawn * p.log()).sum(-1, keepdim=True)
+    mean = (p * p.log()).sum(-1, keepdim=True)
+    square = (p * p.log().square()).sum(-1, keepdim=True)
+    alive = mask[:, 1:, None]
+    for values, expected, variance in (
+        (drawn, p, p * (1 - p)),
+        (surprise, mean, square - mean.square()),
+    ):
+        for summed in (0, (0, 1)):
+            off = ((values - expected) * alive).sum(summed)
+            assert (off.square() <= 25 * (variance * alive).sum(summed) + 1e-3).all()
 
-    again, _ = generate(model, ["9="] * n, generator=torch.Generator().manual_seed(0))
-    other, _ = generate(model, ["9="] * n, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(tokens, again) and not torch.equal(tokens[:, :3], other[:, :3])
-    assert decode(tokens[0].tolist()).startswith("9=")
+
+def test_same_seed_same_samples(model):
+    tokens, mask = sample(model, PROMPTS * 10)
+    again, mask_again = sample(model, PROMPTS * 10)
+    assert torch.equal(tokens, again) and torch.equal(mask, mask_again)
+    other, _ = sample(model, PROMPTS * 10, seed=1)
+    assert not torch.equal(tokens[:, : PROMPT_WIDTH + 1], other[:, : PROMPT_WIDTH + 1])
+    global_state = torch.get_rng_state()
+    sample(model, PROMPTS)
+    assert torch.equal(torch.get_rng_state(), global_state)
 
 
-def test_checkpoint_round_trip(model, tmp_path):
-    path = tmp_path / "runs" / "m.pt"
-    save_checkpoint(path, model, {"seed": 3, "lr": 0.1})
+def test_a_diverged_model_still_answers():
+    model = random_model()
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    tokens, mask = sample(model, PROMPTS)
+    assert tokens.shape == mask.shape and mask.any(1).all()
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model, path = random_model(), tmp_path / "model.pt"
+    with replacing(path) as [file]:
+        save_checkpoint(file, model, {"seed": 3, "lr": 0.1})
     loaded, args = load_checkpoint(path)
     assert args == {"seed": 3, "lr": 0.1} and loaded.config == model.config
-    tokens, mask = collate(EXAMPLES)
-    assert torch.equal(
-        completion_logps(loaded, tokens, mask), completion_logps(model, tokens, mask)
-    )
-    assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
+    assert not loaded.training and loaded.state_dict().keys() == model.state_dict().keys()
+    batch = collate([("9=", "4+5"), ("20=", "1+19")])
+    assert torch.equal(completion_logps(loaded, *batch), completion_logps(model, *batch))
+    assert fingerprint(loaded) == fingerprint(model)
 
 
-def test_bad_checkpoints_get_one_clear_line(model, tmp_path):
-    good = tmp_path / "good.pt"
-    save_checkpoint(good, model, {})
-    checkpoint = torch.load(good, weights_only=True)
+def test_fingerprint_tells_any_weight_that_differs():
+    model = random_model()
+    seen = {fingerprint(model)}
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-3
+        seen.add(fingerprint(model))
+    assert len(seen) == 1 + len(list(model.parameters()))
 
-    truncated, text = tmp_path / "truncated.pt", tmp_path / "text.pt"
+
+def test_bad_checkpoints_get_one_clear_line(tmp_path):
+    good, truncated, text = (tmp_path / name for name in ("good.pt", "truncated.pt", "text.pt"))
+    with replacing(good) as [file]:
+        save_checkpoint(file, random_model(), {})
     truncated.write_bytes(good.read_bytes()[:3000])
     text.write_text("not a checkpoint")
     cases = [
-        (tmp_path / "none.pt", "there is no"),
-        (truncated, "cut short"),
-        (text, "not a checkpoint"),
+        (tmp_path / "none.pt", "there is no checkpoint "),
+        (truncated, " is not a checkpoint, or is cut short: "),
+        (text, " is not a checkpoint, or is cut short: "),
+        (tmp_path, " is not a checkpoint, or is cut short: "),
     ]
-    foreign = {
+    checkpoint = torch.load(good, weights_only=True)
+    config, fewer = checkpoint["config"], dict(checkpoint["model"])
+    del fewer["head.weight"]
+    for name, content in {
         "list": [1, 2],
-        "no-model": {"config": checkpoint["config"], "args": {}},
-        "other-shape": checkpoint | {"config": checkpoint["config"] | {"width": 32}},
+        "no-model": {"config": config, "args": {}},
+        "no-args": {"config": config, "model": checkpoint["model"]},
         "other-config": checkpoint | {"config": {"n_layer": 6}},
-    }
-    for name, content in foreign.items():
+        "other-shape": checkpoint | {"config": config | {"width": 32}},
+        "weight-too-few": checkpoint | {"model": fewer},
+        "text-for-depth": checkpoint | {"config": config | {"depth": "6"}},
+    }.items():
         torch.save(content, tmp_path / name)
-        cases.append((tmp_path / name, "some other program"))
-    vocabulary = tmp_path / "vocabulary.pt"
-    torch.save(checkpoint | {"config": checkpoint["config"] | {"vocabulary": "abc"}}, vocabulary)
-    cases.append((vocabulary, "has the vocabulary 'abc'"))
-
+        cases.append((tmp_path / name, " is not of this version of model.py; "))
     for path, complaint in cases:
-        with pytest.raises(InputError, match=complaint) as error:
+        with pytest.raises(InputError, match=re.escape(complaint)) as error:
             load_checkpoint(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_device_that_is_not_there_is_refused():
-    assert find_device("cpu").type == "cpu"
-    for name in ("cuda:99", "abacus"):
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    assert find_device("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "abacus", "meta", ""):
         with pytest.raises(InputError, match=f"--device {name} is not there"):
             find_device(name)
+    monkeypatch.setenv("LOCAL_RANK", "77")
+    with pytest.raises(InputError, match="--device cuda:77 is not there"):
+        find_device("cuda")
+
+
+def test_one_process_alone_has_nothing_to_add():
+    tensors = [torch.tensor([1.0, 2.0]), torch.tensor(3.0)]
+    add_up(tensors)
+    assert [x.tolist() for x in tensors] == [[1.0, 2.0], 3.0]
