@@ -293,43 +293,10 @@ def draw_frontier(published, folder):
     save(figure, folder, "frontier")
 
 
-def draw_optimum(published, folder):
-    """With a judge that errs: the share of preferred answers that theory predicts, and runs."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    runs = [run for run in published["judge"] if not run["note"]]
-    for source, label in (("on-policy", "pairs of the policy"), ("reference", "pairs of SFT")):
-        points = sorted((run["beta"], *run["share"]) for run in runs if run["source"] == source)
-        betas, mean, _, least, greatest = (100 * np.array(points)).T
-        axes.errorbar(
-            betas / 100,
-            mean,
-            (mean - least, greatest - mean),
-            color=METHOD_COLOURS[source],
-            marker="o",
-            capsize=3,
-            label=label,
-        )
-    curve = sorted({(run["beta"], 100 * run["predicted"][0]) for run in runs})
-    axes.plot(*zip(*curve), color="black", label="predicted: the optimum of DPO")
-    for run in published["judge"]:
-        if "imitation" in run["note"]:
-            share = 100 * run["share"][0]
-            axes.axhline(share, color="#888888", linestyle="--", label=run["note"])
-    axes.set_xscale("log")
-    axes.set_xticks([beta for beta, _ in curve], [f"{beta:g}" for beta, _ in curve], minor=False)
-    axes.minorticks_off()
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("β")
-    axes.set_ylabel("preferred answers (%)")
-    axes.legend(fontsize=9)
-    save(figure, folder, "optimum")
-
-
 def draw_published(published, folder):
     """The figures of many runs."""
     with plt.rc_context(STYLE):
         draw_frontier(published, folder)
-        draw_optimum(published, folder)
 
 
 def draw_all(results, logs, folder):

@@ -49,14 +49,11 @@ DEFAULT = "--pairs online"  # the default run of train_dpo.py
 BETAS = ("0.1", "0.3", "2")
 OTHER_PAIRS = (11, 12, 13, 14, 15)  # seeds of offline runs from one SFT model
 EXERCISES = (
-    "--pairs offline --lr 3e-3",
-    "--pairs offline --lr 1e-3 --nll-weight 0.1",
+    "--pairs offline --steps 250 --lr 3e-3",
+    "--pairs offline --steps 250 --lr 1e-3 --nll-weight 0.1",
     "--pairs online --preferred-terms 5",
 )
 BEST_OF = (2, 4, 8, 16)
-JUDGE = "--judge-reward 1 --answers 8 --batch-size 32 --steps 2000 --lr 1e-3"
-JUDGE_SEEDS = (1,)
-JUDGE_BETAS = ("0.3", "0.5", "0.8", "1.3", "2")
 
 
 def run(flags, seed, samples=100, sft_seed=None):
@@ -103,8 +100,6 @@ def main():
         sft = results("SFT", [pool.submit(run, "", seed) for seed in (0, *SEEDS)])
         methods = compare(pool)
         default = [pool.submit(run, DEFAULT, seed) for seed in SEEDS]
-        jobs = judge_jobs()
-        judged = [pool.submit(run, flags, seed) for flags, seed, _ in jobs]
         offline = methods["offline"]["flags"]
         extra = {
             "one SFT model": [pool.submit(run, offline, seed, 100, 1) for seed in OTHER_PAIRS],
@@ -115,13 +110,11 @@ def main():
             },
         }
         extra = {name: results(name, futures) for name, futures in extra.items()}
-        judged = zip(jobs, results("judge", judged))
         summary = {
             "sft": sft[1:],
             "default": results("default", default),
             "methods": methods,
             "extra": extra,
-            "judge": [judge_record(*job, result, sft) for job, result in judged],
             "frontier": frontier(sft[1:]),
         }
     with replacing(RUNS / "summary.json") as (file,):
@@ -146,32 +139,6 @@ def compare(pool):
     for name in methods:
         methods[name]["runs"] = results(name, futures[name])
     return methods
-
-
-def judge_jobs():
-    """(flags, seed, note) of the runs with a judge that errs, by seed."""
-    sources = [f"--pairs {source} {JUDGE}" for source in ("on-policy", "reference")]
-    lines = [(f"{source} --beta {beta}", "") for beta in JUDGE_BETAS for source in sources]
-    lines += [(f"{sources[1]} --loss sft", "imitation of the winners")]
-    return [(flags, seed, note) for seed in JUDGE_SEEDS for flags, note in lines]
-
-
-def judge_record(flags, seed, note, result, sft):
-    """What a run with the erring judge gave, beside what theory predicts of its optimum."""
-    beta = result["args"]["beta"]
-    share, kl = evaluate.tilt(torch.tensor(sft[seed]["p"], dtype=torch.float64), 1 / beta)
-    sampled = result["sampled"]["all"]
-    return {
-        "source": result["args"]["pairs"],
-        "beta": beta,
-        "note": note,
-        "flags": flags,
-        "predicted": share,
-        "share": sampled["preferred"],
-        "exact": sampled["exact"],
-        "kl": result["kl"]["total"][0],
-        "predicted kl": kl,
-    }
 
 
 def frontier(sft):

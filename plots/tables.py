@@ -83,18 +83,11 @@ def publish(summary):
             "points": [[kl(run), share(run)] for run in method["runs"]],
             **summarise(method["runs"]),
         }
-    judge = {}
-    for run in summary["judge"]:
-        judge.setdefault(run["flags"], []).append(run)
     return {
         "seeds": len(summary["sft"]),
         "models": {name: summarise(results) for name, results in runs.items()},
         "answers": {name: results[0]["answers"] for name, results in runs.items()},
         "methods": methods,
-        "judge": [
-            runs[0] | {key: over_seeds([r[key] for r in runs]) for key in JUDGED}
-            for runs in judge.values()
-        ],
         "extra": {name: summarise(results) for name, results in summary["extra"].items()},
         "frontier": summary["frontier"],
         "tokens": {
@@ -110,7 +103,6 @@ def publish(summary):
 
 # ---- Markdown --------------------------------------------------------------------------------
 
-JUDGED = ("predicted", "share", "exact", "kl", "predicted kl")
 METHOD_COLUMNS = {  # heading: metric
     "preferred": "preferred",
     "exact": "exact",
@@ -164,16 +156,6 @@ def methods_table(content):
     return markdown(["method", "flags", "lr", "needs", *METHOD_COLUMNS], rows)
 
 
-def judge_table(content):
-    """One row a run with the erring judge."""
-    rows = [
-        [run["source"], f"{run['beta']:g}", run["note"], *(cell(run[key]) for key in JUDGED)]
-        for run in content["judge"]
-    ]
-    heads = ["share predicted", "measured", "exact", "KL (nats)", "KL predicted"]
-    return markdown(["pairs", "β", "", *heads], rows)
-
-
 def tokens_table(content):
     """Mean log pi - log pi_ref of rejected answers, by kind of token."""
     kinds = list(next(iter(content["tokens"].values())))
@@ -188,7 +170,6 @@ TABLES = {
     "answers": answers_table,
     "models": models_table,
     "methods": methods_table,
-    "judge": judge_table,
     "tokens": tokens_table,
 }
 
@@ -200,7 +181,7 @@ def fill(text, content):
         value = content
         for key in found[1].split("/"):
             value = value[int(key)] if isinstance(value, list) else value[key]
-        value = value[0] if isinstance(value, list) else value
+        value = value[0] if isinstance(value, list) else value  # the mean of a summary
         return f"<!-- {found[1]} {found[2]} -->{value:{found[2]}}<!-- end -->"
 
     def table(found):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from plots import figures
 PLOTS = Path(__file__).parent.parent / "plots"
 SUMS = range(5, 21)  # of the tiny models
 EVALUATION_FIGURES = {"dist", "sft_gap", "dpo_curves", "mass", "tokens"}
-PUBLISHED_FIGURES = {"frontier", "optimum"}
+PUBLISHED_FIGURES = {"frontier"}
 
 
 def run(script, *arguments):
@@ -448,6 +449,29 @@ def test_split_kl_states_the_spread_of_many_repetitions():
         assert abs(means.mean() - truth) < 4 * means.std() / math.sqrt(repetitions) + slack
 
 
+def test_split_kl_errors_are_those_of_the_jackknife():
+    """Of each sum alone, all but one answer at a time; of several sums, roots of mean squares."""
+    toy, n = Toy(), 500
+    ratios, good = toy.sample(n)
+    rows = [(ratios[[i]], good[[i]], toy.p[[i]]) for i in range(4)]
+    for row_ratios, row_good, p in rows:
+        _, first, counts = np.unique(row_ratios, return_index=True, return_counts=True)
+        left = [torch.arange(n) != i for i in first]
+        parts = [evaluate.split_kl(row_ratios[:, x], row_good[:, x], p) for x in left]
+        for name, (_, error) in evaluate.split_kl(row_ratios, row_good, p).items():
+            means = np.array([part[name][0] for part in parts])
+            variance = np.average((means - np.average(means, weights=counts)) ** 2, weights=counts)
+            assert error == pytest.approx(math.sqrt((n - 1) * variance), rel=0.01)
+    alone = [evaluate.split_kl(*row) for row in rows]
+    together = evaluate.split_kl(ratios, good, toy.p)
+    for name in ("total", "needed", "preferred", "others"):
+        errors = [parts[name][1] for parts in alone]
+        assert together[name][1] == pytest.approx(math.hypot(*errors) / 4)
+    few = evaluate.split_kl(ratios[:1, :3], good[:1, :3], toy.p[:1])
+    deviation = statistics.stdev(ratios[0, :3].tolist())
+    assert few["total"][1] == pytest.approx(deviation / math.sqrt(3))
+
+
 @pytest.mark.parametrize("all_good", [True, False])
 def test_split_kl_where_all_or_no_answers_are_preferred(all_good):
     """Only one kind of answer is left to drift; nothing is infinite."""
@@ -459,7 +483,8 @@ def test_split_kl_where_all_or_no_answers_are_preferred(all_good):
     assert parts["needed"] == pytest.approx([needed, 0]) and parts[none] == [0, 0]
     assert parts[drift][0] == pytest.approx(ratios.mean().item() - needed)
     assert parts[drift][1] == pytest.approx(parts["total"][1])
-    assert all(math.isfinite(x) for part in parts.values() for x in part)
+    least, _ = evaluate.frontier_at(toy.p, 1 - 0.5 / 40 if all_good else 0)
+    assert parts["excess"] == pytest.approx([parts["total"][0] - least, parts["total"][1]])
 
 
 # ---- which token pays ------------------------------------------------------------------------
@@ -551,20 +576,12 @@ def published():
     p = torch.tensor([0.2, 0.3], dtype=torch.float64)
     names = ["offline", "offline + NLL", "offline, smoothed", "offline, IPO", "online"]
     names += ["reference", "on-policy", "imitation"]
-    judged = {"beta": 0.8, "note": "", "predicted": [0.5, 0, 0.5, 0.5], "share": [0.4, 0, 0.3, 0.6]}
     return {
         "frontier": {
             "curve": [evaluate.tilt(p, log_t) for log_t in range(8)],
             "best of n": [[n, *evaluate.best_of(p, n)] for n in (2, 4)],
         },
         "methods": {name: {"points": [[1.5, 0.9], [0.0, 1.0]]} for name in names},
-        "judge": [
-            judged | {"source": "on-policy"},
-            judged | {"source": "reference"},
-            judged | {"source": "reference", "beta": 2, "predicted": [0.3, 0, 0.3, 0.3]},
-            judged | {"source": "reference", "note": "imitation of the winners"},
-            judged | {"source": "on-policy", "note": "--steps 1000"},
-        ],
     }
 
 
