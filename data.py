@@ -120,7 +120,7 @@ def nats_per_equation(examples):
 
 
 def longest_completion(max_sum=DEFAULT_MAX_SUM):
-    """Characters in the longest completion: 14 up to a sum of 100."""
+    """Characters that no completion exceeds: 14 up to a sum of 100."""
     most = TERM_COUNTS[-1]
     return most * len(str(max_sum - most + 1)) + most - 1  # digits, and plus signs between
 
@@ -215,14 +215,16 @@ def parse_pair(line, longest):
     pair = json.loads(line)
     if not isinstance(pair, dict) or set(pair) != {"prompt", "chosen", "rejected"}:
         raise ValueError("a pair is an object with exactly the keys prompt, chosen, rejected")
-    if not re.fullmatch(r"[1-9][0-9]{0,2}=", str(pair["prompt"])):
+    if not all(isinstance(text, str) for text in pair.values()):
+        raise ValueError("prompt, chosen and rejected must be strings")
+    if not re.fullmatch(r"[1-9][0-9]{0,2}=", pair["prompt"]):
         raise ValueError(f"prompt must be a sum up to 999 and =, not {pair['prompt']!r}")
     for side in ("chosen", "rejected"):
-        if not re.fullmatch(f"[{CHARACTERS}]{{0,{longest}}}", str(pair[side])):
+        if not re.fullmatch(f"[{CHARACTERS}]{{0,{longest}}}", pair[side]):
             raise ValueError(
                 f"{side} must be at most {longest} characters of {CHARACTERS}, not {pair[side]!r}"
             )
-    return pair["prompt"], str(pair["chosen"]), str(pair["rejected"])
+    return pair["prompt"], pair["chosen"], pair["rejected"]
 
 
 # ---- what the scripts share: flags, errors in one line, files never half-written --------------
@@ -304,6 +306,8 @@ def replacing(*paths, keep=True):
     temporary = [f"{path}.{os.getpid()}.tmp" if keep else os.devnull for path in paths]
     try:
         with contextlib.ExitStack() as stack:
+            if len(set(map(str, paths))) < len(paths):
+                raise OSError("the log would have the same name")
             for path in paths:
                 os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
                 if os.path.isdir(path):

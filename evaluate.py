@@ -26,10 +26,8 @@ from model import token_logps
 from plots import figures, tables
 
 CHUNK = 1000  # answers are generated at a time
-TOKEN_SEED = 1_000_003
-TOKEN_PAIRS = 2000
-GAP_SEED = 1_000_004  # of the equations on which the gap to the entropy floor is measured
-GAP_SIZE = 20_000
+TOKEN_SEED, TOKEN_PAIRS = 1_000_003, 2000  # of the pairs in which tokens are looked at
+GAP_SEED, GAP_SIZE = 1_000_004, 20_000  # of the equations on which the gap to the floor is measured
 ENUMERABLE = 200_000  # preferred answers; where there are more of them, p_N is sampled
 TRIES = 300  # so many times for every N
 SHOWN_SUMS = (100, 57, 43)  # an answer to each is shown of every model
@@ -97,18 +95,15 @@ def gap_to_floor(model):
     """Nats per equation by which the model's loss exceeds the entropy floor, on the seen sums."""
     sums = seen_sums(model.config.max_sum)
     examples = random_equations(np.random.default_rng(GAP_SEED), GAP_SIZE, sums)
-    tokens, completion_mask = (x.to(model.head.weight.device) for x in collate(examples))
+    batch = (x.to(model.head.weight.device) for x in collate(examples))
     with torch.no_grad():
-        loss = -completion_logps(model, tokens, completion_mask).mean().item()
-    return loss - nats_per_equation(examples)
+        return -completion_logps(model, *batch).mean().item() - nats_per_equation(examples)
 
 
 # ---- theory: what the best policy would pay --------------------------------------------------
-#
-# p_N is the share of preferred answers to N that the reference gives. With reward r for preferred
-# answers and 0 for others, the optimum of the KL-penalised objective (arXiv 2305.18290, eq. 4)
-# multiplies their odds by t = exp(r / beta) and changes nothing within the two classes. Over all t
-# the points (share, KL) are the frontier: no policy has a larger share at that KL.
+# p_N is the share of preferred answers that the reference gives to N. With reward r for them, 0 for
+# others, the optimum (arXiv 2305.18290, eq. 4) multiplies their odds by t = exp(r / beta), no more.
+# Over t, the points (share, KL) are the frontier: no policy has a larger share at the same KL.
 
 
 def preferred_shares(reference, preferred_terms, generator):
@@ -124,9 +119,9 @@ def preferred_shares(reference, preferred_terms, generator):
         for cuts in itertools.combinations(range(1, n), preferred_terms - 1):
             terms = (str(end - start) for start, end in zip((0, *cuts), (*cuts, n)))
             examples.append((f"{n}=", "+".join(terms)))
-    tokens, completion_mask = (x.to(reference.head.weight.device) for x in collate(examples))
+    batch = (x.to(reference.head.weight.device) for x in collate(examples))
     with torch.no_grad():
-        probabilities = completion_logps(reference, tokens, completion_mask).double().exp()
+        probabilities = completion_logps(reference, *batch).double().exp()
     return torch.stack([part.sum() for part in probabilities.cpu().split(numbers)])
 
 
@@ -297,7 +292,7 @@ def ask(models, sums, preferred_terms, seed):
 
 
 def load_models(args, device):
-    """{name: model}, {name: saved args} and {name: log} of the checkpoints, as the README has them.
+    """{name: model}, {name: saved args}, {name: log} and the preferred count of the checkpoints.
 
     Raises InputError where they cannot be evaluated together.
     """
@@ -311,14 +306,12 @@ def load_models(args, device):
     loaded = {name: load_checkpoint(paths[name], device) for name in figures.in_order(names)}
     models = {name: model for name, (model, _) in loaded.items()}
     saved = {name: args for name, (_, args) in loaded.items()}
-    if len({model.config.max_sum for model in models.values()}) > 1 or len(preferred(saved)) > 1:
+    max_sums = {model.config.max_sum for model in models.values()}
+    preferred = {args["preferred_terms"] for args in saved.values() if "preferred_terms" in args}
+    if len(max_sums) > 1 or len(preferred) > 1:
         raise InputError("checkpoints differ in --max-sum or --preferred-terms; name some")
-    return models, saved, {name: read_log(paths[name]) for name in loaded}
-
-
-def preferred(saved):
-    """The --preferred-terms of all DPO checkpoints among these, as a set; {3} if there is none."""
-    return {args["preferred_terms"] for args in saved.values() if "preferred_terms" in args} or {3}
+    logs = {name: read_log(paths[name]) for name in loaded}
+    return models, saved, logs, preferred.pop() if preferred else 3
 
 
 def load_reference(path, models, saved, device):
@@ -369,8 +362,7 @@ def main(args):
     if args.replot:
         return redraw(args.plots_dir)
     device = find_device(args.device)
-    models, saved, logs = load_models(args, device)
-    preferred_terms = preferred(saved).pop()
+    models, saved, logs, preferred_terms = load_models(args, device)
     if args.ask:
         return ask(models, args.ask, preferred_terms, args.seed)
     reference = load_reference(args.sft, models, saved, device)
@@ -383,9 +375,8 @@ def main(args):
         results = {"task": task, "p": p.tolist(), "models": {}}
         for name, model in models.items():
             result = evaluate(model, reference, p, preferred_terms, args.samples, args.seed)
-            result["args"] = saved[name]
-            if logs[name]:
-                result["seconds"] = logs[name][-1]["seconds"]
+            seconds = logs[name][-1]["seconds"] if logs[name] else None
+            result |= {"args": saved[name], "seconds": seconds}
             if "preferred_terms" in saved[name]:
                 result["tokens"] = who_pays(model, reference, preferred_terms)
             else:
@@ -400,8 +391,8 @@ def main(args):
     found = {name: tables.summarise([result]) for name, result in results["models"].items()}
     print("\n" + tables.models_table({"models": found}))
     if tables.PUBLISHED.exists():
-        print("\nPublished, mean ± standard deviation over seeds:\n")
-        print(tables.models_table(read_json(tables.PUBLISHED)))
+        published = tables.models_table(read_json(tables.PUBLISHED))
+        print(f"\nPublished, mean ± standard deviation over seeds:\n\n{published}")
     print(f"\nFigures, results.json and logs.json are in {args.plots_dir}.")
 
 

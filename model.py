@@ -193,7 +193,7 @@ def generate(model, prompts, greedy=False, generator=None):
             break
         new = drawn[:, None]
 
-    columns = torch.arange(lengths.max(), device=device)
+    columns = torch.arange(max(lengths.tolist(), default=PROMPT_WIDTH), device=device)
     mask = (columns >= PROMPT_WIDTH) & (columns < lengths[:, None])
     return tokens[:, : len(columns)], mask
 
@@ -228,10 +228,13 @@ def load_checkpoint(path, device="cpu"):
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path} is not a checkpoint, or is cut short: {reason}") from None
     try:
-        model = GPT(GPTConfig(**checkpoint["config"]))
+        config = GPTConfig(**checkpoint["config"])
+        if config.vocabulary != CHARACTERS or config.width % config.heads:
+            raise ValueError
+        model = GPT(config)
         model.load_state_dict(checkpoint["model"])
         return model.to(device).eval(), dict(checkpoint["args"])
-    except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError, RuntimeError):
+    except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RuntimeError):
         raise InputError(
             f"{path} is not of this version of model.py; train_sft.py writes one that is"
         ) from None

@@ -90,8 +90,8 @@ def parse_args(argv=None):
     if args.pairs not in SAMPLED and (args.answers > 2 or args.judge_reward):
         parser.error("--answers and --judge-reward are for --pairs reference and on-policy")
     written = {os.path.realpath(path) for path in (args.out, log_path(args.out))}
-    if written & {os.path.realpath(path) for path in (args.sft, args.pairs)}:
-        parser.error(f"--out {args.out} or its log would replace the file of --sft or --pairs")
+    if written & {os.path.realpath(p) for p in (args.sft, log_path(args.sft), args.pairs)}:
+        parser.error(f"--out {args.out} or its log would replace a file of --sft or --pairs")
     return args
 
 
@@ -190,7 +190,8 @@ def judged_answers(args, model, generator, asked, coins):
     one, other = (starts + one).ravel(), (starts + other).ravel()
     better = reward[one] - reward[other]  # 1, 0 or -1
     if args.judge_reward:
-        wins = coins.ravel() < 1 / (1 + np.exp(-args.judge_reward * better))  # sigmoid
+        chance = torch.from_numpy(args.judge_reward * better).sigmoid().numpy()
+        wins = coins.ravel() < chance
     else:
         one, other, better = one[better != 0], other[better != 0], better[better != 0]
         wins = better > 0

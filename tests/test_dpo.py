@@ -383,9 +383,9 @@ def test_a_judge_that_errs_does_so_as_bradley_and_terry_say(trained, reward, win
         ("--label-smoothing -0.1", "--label-smoothing is a share from 0 to below 0.5"),
         ("--label-smoothing 0.1 --loss ipo", "for --loss sigmoid alone"),
         ("--beta nan", "--beta: invalid positive_float value: 'nan'"),
-        ("--out runs/../runs/sft.pt", "would replace the file of --sft or --pairs"),
-        ("--sft a.pt --out ./a.pt", "would replace the file of --sft or --pairs"),
-        ("--pairs a.jsonl --out a.pt", "would replace the file of --sft or --pairs"),
+        ("--out runs/../runs/sft.pt", "would replace a file of --sft or --pairs"),
+        ("--sft a.pt --out ./a.pt", "would replace a file of --sft or --pairs"),
+        ("--pairs a.jsonl --out a.pt", "would replace a file of --sft or --pairs"),
     ],
 )
 def test_bad_flags_are_refused(flags, complaint, capsys):

@@ -718,10 +718,12 @@ def test_models_of_another_reference_are_refused(runs, sft, tmp_path):
     assert not (tmp_path / "plots").exists()
 
 
-def test_the_preferred_terms_are_those_of_the_checkpoints():
+def test_the_preferred_terms_are_those_of_the_checkpoints(runs, sft, tmp_path):
     """Three where no model has been trained to prefer any."""
-    assert evaluate.preferred({"sft": {}, "dpo": {"preferred_terms": 4}}) == {4}
-    assert evaluate.preferred({"sft": {}}) == {3}
+    four = save(tmp_path / "four.pt", sft, preferred_terms=4)
+    for paths, terms in (([runs / "sft.pt"], 3), ([runs / "sft.pt", four], 4)):
+        args = evaluate.parse_args([str(path) for path in paths])
+        assert evaluate.load_models(args, "cpu")[-1] == terms
 
 
 def test_checkpoints_need_names_and_have_to_be_there(runs, tmp_path, monkeypatch):

@@ -260,3 +260,9 @@ def test_one_process_alone_has_nothing_to_add():
     tensors = [torch.tensor([1.0, 2.0]), torch.tensor(3.0)]
     add_up(tensors)
     assert [x.tolist() for x in tensors] == [[1.0, 2.0], 3.0]
+
+
+def test_no_prompt_no_answer(model):
+    """A process whose part of a batch is empty has nothing to generate."""
+    tokens, mask = generate(model, [])
+    assert tokens.shape == mask.shape and len(tokens) == 0
