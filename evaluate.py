@@ -28,8 +28,7 @@ from plots import figures, tables
 CHUNK = 1000  # answers are generated at a time
 TOKEN_SEED, TOKEN_PAIRS = 1_000_003, 2000  # of the pairs in which tokens are looked at
 GAP_SEED, GAP_SIZE = 1_000_004, 20_000  # of the equations on which the gap to the floor is measured
-ENUMERABLE = 200_000  # preferred answers; where there are more of them, p_N is sampled
-TRIES = 300  # so many times for every N
+ENUMERABLE, TRIES = 200_000, 300  # preferred answers; of more, p_N is sampled by so many answers
 SHOWN_SUMS = (100, 57, 43)  # an answer to each is shown of every model
 
 
@@ -91,13 +90,20 @@ def log_ratios(model, reference, chunks):
     return torch.cat(parts).cpu()
 
 
+@torch.no_grad()
+def logps_of(model, examples):
+    """log pi(y|x) of examples (prompt, completion), in nats: (examples,)."""
+    device = model.head.weight.device
+    chunks = (collate(examples[i : i + CHUNK]) for i in range(0, len(examples), CHUNK))
+    parts = [completion_logps(model, *(x.to(device) for x in chunk)) for chunk in chunks]
+    return torch.cat(parts).cpu()
+
+
 def gap_to_floor(model):
     """Nats per equation by which the model's loss exceeds the entropy floor, on the seen sums."""
     sums = seen_sums(model.config.max_sum)
     examples = random_equations(np.random.default_rng(GAP_SEED), GAP_SIZE, sums)
-    batch = (x.to(model.head.weight.device) for x in collate(examples))
-    with torch.no_grad():
-        return -completion_logps(model, *batch).mean().item() - nats_per_equation(examples)
+    return -logps_of(model, examples).mean().item() - nats_per_equation(examples)
 
 
 # ---- theory: what the best policy would pay --------------------------------------------------
@@ -119,10 +125,8 @@ def preferred_shares(reference, preferred_terms, generator):
         for cuts in itertools.combinations(range(1, n), preferred_terms - 1):
             terms = (str(end - start) for start, end in zip((0, *cuts), (*cuts, n)))
             examples.append((f"{n}=", "+".join(terms)))
-    batch = (x.to(reference.head.weight.device) for x in collate(examples))
-    with torch.no_grad():
-        probabilities = completion_logps(reference, *batch).double().exp()
-    return torch.stack([part.sum() for part in probabilities.cpu().split(numbers)])
+    probabilities = logps_of(reference, examples).double().exp()
+    return torch.stack([part.sum() for part in probabilities.split(numbers)])
 
 
 def tilt(p, log_t):
@@ -256,8 +260,7 @@ def evaluate(model, reference, p, preferred_terms, samples, seed):
 
 def outside_sums(max_sum):
     """The sums just outside of the training range, where nobody promises anything."""
-    above = range(max_sum + 1, min(max_sum + 11, 1000))
-    return [*range(2, MIN_SUM), *above]
+    return [*range(2, MIN_SUM), *range(max_sum + 1, min(max_sum + 11, 1000))]
 
 
 # ---- answers to look at ----------------------------------------------------------------------
@@ -366,17 +369,17 @@ def main(args):
     if args.ask:
         return ask(models, args.ask, preferred_terms, args.seed)
     reference = load_reference(args.sft, models, saved, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
     with replacing(
         *(os.path.join(args.plots_dir, f"{x}.json") for x in ("logs", "results"))
     ) as files:
+        generator = torch.Generator(device).manual_seed(args.seed)
         p = preferred_shares(reference, preferred_terms, generator)
         task = {"max_sum": reference.config.max_sum, "preferred_terms": preferred_terms}
         results = {"task": task, "p": p.tolist(), "models": {}}
         for name, model in models.items():
             result = evaluate(model, reference, p, preferred_terms, args.samples, args.seed)
-            seconds = logs[name][-1]["seconds"] if logs[name] else None
-            result |= {"args": saved[name], "seconds": seconds}
+            result["args"] = saved[name]
+            result["seconds"] = logs[name][-1]["seconds"] if logs[name] else None
             if "preferred_terms" in saved[name]:
                 result["tokens"] = who_pays(model, reference, preferred_terms)
             else:

@@ -8,6 +8,7 @@ Symbols, here and in the other files:
     B  sequences in a batch          V  vocabulary size
     T  columns, padding included     H  attention heads
     C  width of the residual stream  D  width of a head, C / H
+    M  positions in use: the B * T of a batch less its padding
 Left out on purpose: dropout (every batch is fresh, nothing can be overfitted), biases in the
 linear layers, anything for texts longer than one equation.
 """
@@ -42,6 +43,27 @@ class GPTConfig:
         return PROMPT_WIDTH + longest_completion(self.max_sum) + len(f"+{self.max_sum}") + 1
 
 
+class Packing:
+    """The M used positions of a batch as rows, without its padding: a training step on them takes
+    two thirds of the time of one on the whole grid (B, T). The model reads the same without it.
+    """
+
+    def __init__(self, used):
+        """`used` (B, T), boolean. No used position of a row may come after one that is not."""
+        self.shape = used.shape
+        self.rows = used.flatten().nonzero()[:, 0]  # (M,)
+
+    def pack(self, grid):
+        """(B, T, X) -> (M, X)"""
+        return grid.flatten(0, 1).index_select(0, self.rows)
+
+    def unpack(self, rows):
+        """(M, X) -> (B, T, X), zero where not used"""
+        B, T = self.shape
+        grid = rows.new_zeros(B * T, rows.shape[1]).index_copy(0, self.rows, rows)
+        return grid.view(B, T, rows.shape[1])
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention (arXiv 1706.03762, section 3.2)."""
 
@@ -53,15 +75,18 @@ class Attention(nn.Module):
         later = torch.full((config.block_size, config.block_size), -torch.inf).triu(1)
         self.register_buffer("later", later, persistent=False)
 
-    def forward(self, x, cache=None):
-        """x (B, T, C) -> (B, T, C).
+    def forward(self, x, packing=None, cache=None):
+        """x (B, T, C) -> (B, T, C), or packed (M, C) -> (M, C).
 
         `cache`, for generation, is a dict with the keys and values of the columns before x; those
         of x are added.
         """
-        B, T, C = x.shape
-        H, D = self.heads, C // self.heads
-        q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.qkv(x)
+        if packing:
+            qkv = packing.unpack(qkv)
+        B, T, _ = qkv.shape
+        H, D = self.heads, x.shape[-1] // self.heads
+        q, k, v = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache:
             k = torch.cat([cache["k"], k], dim=2)  # (B, H, S, D)
             v = torch.cat([cache["v"], v], dim=2)
@@ -70,8 +95,8 @@ class Attention(nn.Module):
         S = k.shape[2]
         # Plain products: F.scaled_dot_product_attention is slower at these lengths.
         scores = q @ k.mT * D**-0.5 + self.later[S - T : S, :S]  # (B, H, T, S)
-        y = scores.softmax(-1) @ v  # (B, H, T, D)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, H * D)
+        return self.out(packing.pack(y) if packing else y)
 
 
 class MLP(nn.Module):
@@ -96,8 +121,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attention(self.norm1(x), cache)
+    def forward(self, x, packing=None, cache=None):
+        x = x + self.attention(self.norm1(x), packing, cache)
         return x + self.mlp(self.norm2(x))
 
 
@@ -118,40 +143,33 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.out.weight)
 
-    def forward(self, tokens, cache=None):
-        """tokens (B, T) -> logits (B, T, V) for the token after each.
+    def forward(self, tokens, packing=None, cache=None):
+        """tokens (B, T) -> logits (B, T, V) for the token after each; with a `packing` (M, V).
 
         `cache`: one dict a block, see `generate`; `tokens` then are the next columns.
         """
         past = cache[0]["k"].shape[2] if cache and cache[0] else 0
         positions = self.position_embedding.weight[past : past + tokens.shape[1]]  # (T, C)
         x = self.token_embedding(tokens) + positions  # (B, T, C)
+        if packing:
+            x = packing.pack(x)  # (M, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, cache[i] if cache else None)
-        return self.head(self.norm(x))  # (B, T, V)
-
-
-ROWS = 64  # go through the model at a time
+            x = block(x, packing, cache[i] if cache else None)
+        return self.head(self.norm(x))
 
 
 def token_logps(model, tokens, completion_mask):
     """Log-probability of each completion token given those before it, in nats: (B, T - 1).
 
     tokens (B, T), completion_mask (B, T); column t is for token t + 1. Zero off the completion.
-    The rows go through the model sorted by length, a few at a time: a training step takes 1.2 times
-    as long on the whole batch at once, which is padded to the longest row.
     """
-    columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-    lengths = (columns * completion_mask).amax(1)  # (B,)
-    order = lengths.argsort()
-    parts = []
-    for rows in order.split(ROWS):
-        T = max(lengths[rows].tolist(), default=2)
-        logits = model(tokens[rows, : T - 1])  # (rows, T - 1, V)
-        logps = -F.cross_entropy(logits.transpose(1, 2), tokens[rows, 1:T], reduction="none")
-        logps = logps * completion_mask[rows, 1:T]  # (rows, T - 1)
-        parts.append(F.pad(logps, (0, tokens.shape[1] - T)))
-    return torch.cat(parts)[order.argsort()]
+    targets, mask = tokens[:, 1:], completion_mask[:, 1:]  # (B, T - 1)
+    # Every input that some completion token comes after. Padding is at the right of it.
+    packing = Packing(mask.flip(1).cumsum(1).flip(1) > 0)
+    logits = model(tokens[:, :-1], packing)  # (M, V)
+    targets = packing.pack(targets[..., None])[:, 0]  # (M,)
+    logps = -F.cross_entropy(logits, targets, reduction="none")
+    return packing.unpack(logps[:, None])[..., 0] * mask
 
 
 def completion_logps(model, tokens, completion_mask):

@@ -68,12 +68,13 @@ def save(path, model, **args):
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Few equations, few pixels, and one thread, which is enough for tiny models."""
+    """Few equations and pixels, sums that tiny models know, and one thread: they need no more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "GAP_SIZE", 30)
         patch.setattr(evaluate, "TOKEN_PAIRS", 40)
+        patch.setattr(evaluate, "SHOWN_SUMS", (100, *[5] * 20))
         patch.setitem(figures.STYLE, "figure.dpi", 40)
         yield
     torch.set_num_threads(threads)
@@ -205,7 +206,7 @@ def test_evaluate_against_answers_drawn_here(dpo, sft, shares):
     sampled, held_out = texts(dpo, asked, generator), held_out_sums(20)
     greedy = texts(dpo, SUMS, greedy=True)
     outside = texts(dpo, [n for n in [2, 3, 4, *range(21, 31)] for _ in range(samples)], generator)
-    answers = texts(dpo, (100, 57, 43), generator)
+    answers = texts(dpo, (100, *[5] * 20), generator)
 
     for decoding, equations in (("greedy", greedy), ("sampled", sampled)):
         inside = [e for e in equations if int(e.split("=")[0]) in held_out]
@@ -256,8 +257,9 @@ def test_sums_outside_of_the_range():
     assert evaluate.outside_sums(999) == [2, 3, 4]
 
 
-def test_gap_to_floor_equals_a_plain_loop(sft):
+def test_gap_to_floor_equals_a_plain_loop(sft, monkeypatch):
     """Loss less -log of 1/4 for the number of terms and 1/C(N-1, K-1) for the terms."""
+    monkeypatch.setattr(evaluate, "CHUNK", 7)
     rng, gaps = np.random.default_rng(evaluate.GAP_SEED), []
     for prompt, completion in random_equations(rng, 30, seen_sums(20)):
         ways = math.comb(int(prompt[:-1]) - 1, completion.count("+"))
@@ -269,9 +271,10 @@ def test_gap_to_floor_equals_a_plain_loop(sft):
 
 
 def test_preferred_shares_by_enumeration(sft, shares):
-    """Sums over a + b + c = N, written out."""
+    """Sums over a + b + c = N, written out; in all 1,136 answers, more than go in one chunk."""
+    assert len(right_answers()) == 1136 > evaluate.CHUNK
     assert shares.shape == (16,) and shares.dtype == torch.float64 and shares.max() > 0.1
-    for n in (5, 8, 13):
+    for n in (5, 8, 20):
         expected = sum(
             math.exp(sum(plain_logps(sft, f"{n}={a}+{b}+{n - a - b}")))
             for a in range(1, n)
@@ -652,11 +655,12 @@ def test_a_log_cut_short_is_used_up_to_there(runs, results, evaluation):
 
 
 def test_the_script_prints_marked_answers_and_a_table(evaluation, results):
-    """Of each model its three answers and its mistakes, then all of them side by side."""
+    """Of each model some answers and its mistakes, then all of them side by side."""
     for name, result in results["models"].items():
         block = evaluation.split(f"{name}: some answers")[1].split("\n\n")[0]
         shown = [evaluate.mark(e, 3) for e in result["answers"] + result["mistakes"]]
         assert [line.strip() for line in block.splitlines()[1:]] == shown
+        assert any(line.startswith("✓") for line in shown)
     exact = [f"{r['sampled']['all']['exact']:.3f}" for r in results["models"].values()]
     assert "|  | SFT | offline DPO | online DPO |" in evaluation
     assert f"| exact | {' | '.join(exact)} |" in evaluation
