@@ -295,10 +295,7 @@ def ask(models, sums, preferred_terms, seed):
 
 
 def load_models(args, device):
-    """{name: model}, {name: saved args}, {name: log} and the preferred count of the checkpoints.
-
-    Raises InputError where they cannot be evaluated together.
-    """
+    """{name: model}, {name: saved args}, {name: log} and the preferred count of checkpoints."""
     paths = args.checkpoints or glob.glob("runs/*.pt")
     names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     if not paths:
@@ -369,9 +366,8 @@ def main(args):
     if args.ask:
         return ask(models, args.ask, preferred_terms, args.seed)
     reference = load_reference(args.sft, models, saved, device)
-    with replacing(
-        *(os.path.join(args.plots_dir, f"{x}.json") for x in ("logs", "results"))
-    ) as files:
+    paths = [os.path.join(args.plots_dir, f"{name}.json") for name in ("logs", "results")]
+    with replacing(*paths) as files:
         generator = torch.Generator(device).manual_seed(args.seed)
         p = preferred_shares(reference, preferred_terms, generator)
         task = {"max_sum": reference.config.max_sum, "preferred_terms": preferred_terms}

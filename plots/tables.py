@@ -127,6 +127,7 @@ def cell(summary):
         return ""
     mean, deviation = summary[:2]
     digits = 3 if abs(mean) < 10 else 1
+    mean = round(mean, digits) + 0.0  # no negative zero
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
 
 
