@@ -267,7 +267,8 @@ def draw_frontier(published, folder):
     axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
     for n, share, kl in published["frontier"]["best of n"]:
         axes.plot(kl, 100 * share, marker="x", color="black", linestyle="none")
-        place = {"xytext": (-6, 2), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+        place, side = ((6, -9), "left") if n <= 8 else ((-6, 2), "right")
+        place = {"xytext": place, "ha": side, "textcoords": "offset points", "fontsize": 8}
         axes.annotate(f"best of {n}", (kl, 100 * share), **place)
     for name, method in published["methods"].items():
         points = np.array(method["points"])
