@@ -45,6 +45,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if max(args.ask or [0]) > 999:
         parser.error("--ask takes sums up to 999: the models read three digits")
+    if args.samples < 2:
+        parser.error("--samples is at least 2: of one there is no standard error")
     return args
 
 
@@ -222,8 +224,7 @@ def who_pays(model, reference, preferred_terms):
         for i in shown:
             prompt, text = texts[i]
             nats = rows[i, : len(text) + 1].tolist()
-            string = {"prompt": prompt, "side": side, "text": text, "nats": nats}
-            result["strings"].append(string)
+            result["strings"].append({"prompt": prompt, "side": side, "text": text, "nats": nats})
     return result
 
 
@@ -288,7 +289,7 @@ def ask(models, sums, preferred_terms, seed):
             greedy, _ = answer(model, [n], greedy=True)
             sampled, _ = answer(model, [n] * 3, generator=generator)
             answers = [mark(equation, preferred_terms) for equation in greedy + sampled]
-            print(f"{name:>{width}}  greedy {answers[0]:<33}  sampled {'  '.join(answers[1:])}")
+            print(f"{name:>{width}}  greedy {answers[0]:<40}  sampled {'  '.join(answers[1:])}")
 
 
 # ---- the script ------------------------------------------------------------------------------
@@ -329,7 +330,7 @@ def read_log(checkpoint_path):
     """The records of the log beside a checkpoint, up to a line that is cut short."""
     path, records = log_path(checkpoint_path), []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     records.append(json.loads(line))
@@ -343,7 +344,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
 

@@ -7,6 +7,7 @@ purpose: epochs, data files, resuming (a run takes minutes). train_dpo.py has th
 the same order: a diff of the two files shows what DPO changes.
 """
 
+import math
 import time
 
 import numpy as np
@@ -105,6 +106,8 @@ def main(args):
             if step % log_every == 0 or step == args.steps:
                 with torch.no_grad():
                     validation_loss = -completion_logps(model, *validation_batch).mean().item()
+                if not math.isfinite(validation_loss):
+                    raise InputError(f"the model is not finite at step {step}: try a lower --lr")
                 answers, _ = generate(model, prompts, generator=generator)
                 record = {
                     "step": step,

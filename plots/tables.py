@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import InputError, replacing, run_script  # noqa: E402
+from data import InputError, is_exact, replacing, run_script  # noqa: E402
 from plots import figures  # noqa: E402
 
 PUBLISHED = ROOT / "plots" / "published.json"
@@ -141,7 +141,7 @@ def models_table(content):
 
 def answers_table(content):
     rows = [
-        [figures.MODELS[name][0], *(f"`{answer}`" for answer in answers)]
+        [figures.MODELS[name][0], *(f"`{a}`" + ("" if is_exact(a) else " ✗") for a in answers)]
         for name, answers in content["answers"].items()
     ]
     return markdown(["", "three answers", "", ""], rows)

@@ -256,7 +256,11 @@ def test_dpo_trains_as_the_loop_by_hand(folder, tmp_path, flags):
             "nll-weight=0.1 preferred-terms=4",
         ),
         (train_dpo, f"{DPO} --pairs PAIRS", "seed=6"),
-        (train_dpo, f"{DPO} --pairs reference", "seed=6 preferred-terms=2 answers=3"),
+        (
+            train_dpo,
+            f"{DPO} --pairs reference",
+            "seed=6 preferred-terms=2 answers=3 pairs=on-policy pairs=online pairs=offline",
+        ),
         (
             train_dpo,
             f"{DPO} --pairs on-policy --judge-reward 5",
@@ -335,7 +339,7 @@ def test_two_processes_train_as_one(folder, tmp_path):
 @pytest.mark.parametrize(
     "script, flags, complaint",
     [
-        (train_sft, f"{SFT} --steps 5", "the loss is not finite at step 3"),
+        (train_sft, f"{SFT} --steps 5", "the model is not finite at step 2"),
         (train_dpo, f"{DPO} --pairs offline --steps 40", "the loss is not finite at step 2"),
         (train_dpo, f"{DPO} --pairs offline --steps 4", "the policy is not finite at step 1"),
     ],

@@ -129,6 +129,7 @@ def contents(folder):
         (train_dpo, "--pairs mine.jsonl --out mine.pt", "would replace a file of --sft or"),
         (evaluate, "--ask 0", "--ask"),
         (evaluate, "--ask -3", "--ask"),
+        (evaluate, "--samples 1", "--samples is at least 2"),
         (evaluate, "--ask 1000", "--ask takes sums up to 999"),
     ],
 )
@@ -148,10 +149,11 @@ def test_bad_flags_end_with_status_2(folder, capsys, script, arguments, complain
         (train_sft, "--steps 1 --out /dev/null/sft.pt", "cannot write /dev/null/sft"),
         (train_sft, "--steps 1 --out runs/x.jsonl", "the log would have the same name"),
         (train_sft, f"{' '.join(TINY)} --steps 50 --lr 1e30", "not finite at step"),
+        (train_sft, f"{' '.join(TINY)} --steps 2 --lr 1e30", "not finite at step 2"),
         (train_dpo, "--sft runs/none.pt", "there is no checkpoint runs/none.pt"),
         (train_dpo, "--pairs runs/none.jsonl", "cannot read the pairs file runs/none.jsonl"),
         (train_dpo, "--lr 1e30 --steps 50", "not finite at step"),
-        (evaluate, "--samples 1 --plots-dir /dev/null/plots", "cannot write /dev/null/plots"),
+        (evaluate, "--samples 2 --plots-dir /dev/null/plots", "cannot write /dev/null/plots"),
         (evaluate, "runs/sft.pt ./runs/sft.pt", "two checkpoints have the same file name"),
     ],
 )
