@@ -8,9 +8,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# For a quick look, or a test of this file: make STEPS=20 SAMPLES=2
+# For a quick look, or a test of this file: make STEPS=20 SAMPLES=2 PLOTS=runs/plots
 STEPS :=
 SAMPLES := 100
+PLOTS := plots
 
 MODELS := sft dpo_offline dpo_offline_nll dpo
 
@@ -19,7 +20,7 @@ MODELS := sft dpo_offline dpo_offline_nll dpo
 FLAGS_dpo_offline := --pairs offline --steps 250 --lr 3e-4
 FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1 --steps 250 --lr 1e-3
 
-all: plots/results.json
+all: $(PLOTS)/results.json
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,8 +36,8 @@ runs/sft.pt: train_sft.py model.py data.py | .venv/installed
 $(filter runs/dpo%,$(MODELS:%=runs/%.pt)): runs/%.pt: train_dpo.py runs/sft.pt
 	$(BIN)/python train_dpo.py $(FLAGS_$*) $(STEPS:%=--steps %) --out $@
 
-plots/results.json: evaluate.py plots/figures.py plots/tables.py $(MODELS:%=runs/%.pt)
-	$(BIN)/python evaluate.py --samples $(SAMPLES) $(MODELS:%=runs/%.pt)
+$(PLOTS)/results.json: evaluate.py plots/figures.py plots/tables.py $(MODELS:%=runs/%.pt)
+	$(BIN)/python evaluate.py --samples $(SAMPLES) --plots-dir $(PLOTS) $(MODELS:%=runs/%.pt)
 
 lesson: .venv/installed
 	$(BIN)/python plots/lesson.py

@@ -102,11 +102,8 @@ def test_same_seed_same_checkpoint(folder, tmp_path):
 def test_ask_prints_an_answer_of_every_model(folder, capsys):
     run(evaluate, "--ask", 100, 4)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*["sft", "dpo_offline", "dpo"] * 1, "4"] + [
-        "sft",
-        "dpo_offline",
-        "dpo",
-    ]
+    names = ["sft", "dpo_offline", "dpo"]
+    assert [line.split()[0] for line in lines] == [*names, "4", *names]
     assert all("100=" in line for line in lines[:3]) and all("4=" in line for line in lines[4:])
 
 
