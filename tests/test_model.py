@@ -100,15 +100,20 @@ def test_no_rows_give_no_logps_and_zero_gradients(model):
 
 
 def test_no_position_sees_what_comes_after_it(model):
-    """Each column alone is changed: the logits before it stay, and its own do not."""
+    """Each column alone is changed: the logits before it stay, its own and all later ones do not.
+
+    Padding is neither seen nor sees.
+    """
     tokens, _ = collate([("100=", "50+50"), ("43=", "10+30+3"), ("9=", "3+3+3")])
+    used = tokens != PAD
     before = model(tokens)
+    assert before[~used].count_nonzero() == 0
     for t in range(tokens.shape[1]):
         changed = tokens.clone()
-        changed[:, t] = (changed[:, t] + 1) % VOCAB_SIZE
+        changed[:, t] = (changed[:, t] + 1) % END  # another token, and not PAD
         after = model(changed)
         assert torch.allclose(after[:, :t], before[:, :t], atol=1e-12)
-        assert ((after - before)[:, t:].abs().amax(2) > 1e-4).all()  # and all later ones see it
+        assert ((after - before).abs().amax(2) > 1e-4)[:, t:][used[:, t:]].all()
 
 
 def test_greedy_answers_equal_full_forward_passes_one_by_one(model):
