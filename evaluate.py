@@ -128,7 +128,8 @@ def preferred_shares(reference, preferred_terms, generator):
             terms = (str(end - start) for start, end in zip((0, *cuts), (*cuts, n)))
             examples.append((f"{n}=", "+".join(terms)))
     probabilities = logps_of(reference, examples).double().exp()
-    return torch.stack([part.sum() for part in probabilities.split(numbers)])
+    shares = torch.stack([part.sum() for part in probabilities.split(numbers)])
+    return shares.clamp(max=1 - 1e-6)  # rounding may make a share of 1 out of less
 
 
 def tilt(p, log_t):
@@ -333,8 +334,9 @@ def read_log(checkpoint_path):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    records.append(json.loads(line))
-                except ValueError:
+                    record = json.loads(line)
+                    records.append(record | {"seconds": float(record["seconds"])})
+                except (KeyError, TypeError, ValueError):
                     print(f"{path} is cut short in line {len(records) + 1}; the rest is left out")
                     break
     return records

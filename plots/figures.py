@@ -293,10 +293,43 @@ def draw_frontier(published, folder):
     save(figure, folder, "frontier")
 
 
+def draw_optimum(published, folder):
+    """With a judge that errs: the share of preferred answers that theory predicts, and runs."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    runs = [run for run in published["judge"] if not run["kind"]]
+    curve = sorted({run["beta"]: 100 * run["share predicted"][0] for run in runs}.items())
+    axes.plot(*zip(*curve), color="black", label="predicted: the optimum of DPO")
+    for source, label in (("on-policy", "pairs of the policy"), ("reference", "pairs of SFT")):
+        points = sorted((run["beta"], *run["preferred"]) for run in runs if run["source"] == source)
+        betas, mean, _, least, greatest = np.array(points).T
+        axes.errorbar(
+            betas,
+            100 * mean,
+            100 * np.array((mean - least, greatest - mean)),
+            color=METHOD_COLOURS[source],
+            marker="o",
+            capsize=3,
+            label=label,
+        )
+    for run in published["judge"]:
+        if "imitation" in run["kind"]:
+            share = 100 * run["preferred"][0]
+            axes.axhline(share, color="#888888", linestyle="--", label=run["kind"])
+    axes.set_xscale("log")
+    axes.set_xticks([beta for beta, _ in curve], [f"{beta:g}" for beta, _ in curve])
+    axes.minorticks_off()
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("β (logarithmic)")
+    axes.set_ylabel("preferred answers (%)")
+    axes.legend(fontsize=9)
+    save(figure, folder, "optimum")
+
+
 def draw_published(published, folder):
     """The figures of many runs."""
     with plt.rc_context(STYLE):
         draw_frontier(published, folder)
+        draw_optimum(published, folder)
 
 
 def draw_all(results, logs, folder):

@@ -31,7 +31,7 @@ from model import load_checkpoint  # noqa: E402
 RUNS = Path("runs/lesson")
 SEEDS = (1, 2, 3, 4, 5)
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3")
-STEPS = "--steps 250"  # of every method
+STEPS = "--steps 500 --batch-size 128"  # of every method
 METHODS = {  # name: flags, each tried with every rate
     "imitation": ["--pairs offline --loss sft"],
     "offline": ["--pairs offline"],
@@ -49,10 +49,16 @@ DEFAULT = "--pairs online"  # the default run of train_dpo.py
 BETAS = ("0.1", "0.3", "2")
 OTHER_PAIRS = (11, 12, 13, 14, 15)  # seeds of offline runs from one SFT model
 EXERCISES = (
-    "--pairs offline --steps 250 --lr 3e-3",
-    "--pairs offline --steps 250 --lr 1e-3 --nll-weight 0.1",
+    f"--pairs offline {STEPS} --lr 3e-3",
+    f"--pairs offline {STEPS} --lr 1e-3 --nll-weight 0.1",
     "--pairs online --preferred-terms 5",
 )
+# With a judge that errs: pairs of the policy and of the SFT model, over beta. The rate of each is
+# the one that comes closest to the predicted share, on seed 0 and at one beta.
+JUDGE = "--judge-reward 1 --answers 32 --batch-size 8 --steps 1000"
+JUDGE_RATES = ("5e-4", "1e-3", "2e-3")
+JUDGE_BETAS, JUDGE_BETA = ("0.3", "0.5", "0.8", "1.3", "2"), "0.8"
+JUDGE_SEEDS = (1, 2)
 BEST_OF = (2, 4, 8, 16)
 
 
@@ -115,6 +121,7 @@ def main():
             "default": results("default", default),
             "methods": methods,
             "extra": extra,
+            "judge": judge(pool),
             "frontier": frontier(sft[1:]),
         }
     with replacing(RUNS / "summary.json") as (file,):
@@ -139,6 +146,54 @@ def compare(pool):
     for name in methods:
         methods[name]["runs"] = results(name, futures[name])
     return methods
+
+
+def judge(pool):
+    """What came out with a judge that errs, beside what theory predicts."""
+
+    def submit(kind, flags, seeds):
+        return [(kind, flags, seed, pool.submit(run, flags, seed)) for seed in seeds]
+
+    rates, jobs = {}, []
+    for source in ("on-policy", "reference"):
+        flags = [f"--pairs {source} {JUDGE} --lr {rate} --beta " for rate in JUDGE_RATES]
+        rates[source] = [job for each in flags for job in submit("check", each + JUDGE_BETA, [0])]
+    for tried in rates.values():
+        records = [judge_record(*job) for job in tried]
+        best = min(records, key=lambda record: abs(record["preferred"] - record["share predicted"]))
+        plain = best["flags"].removesuffix(JUDGE_BETA)
+        longer = best["flags"].replace("--steps 1000", "--steps 2000")
+        jobs += tried + submit("check", longer, [0])
+        for beta in JUDGE_BETAS:
+            jobs += submit("", plain + beta, JUDGE_SEEDS)
+    jobs += submit("imitation of the winners", plain + JUDGE_BETA + " --loss sft", JUDGE_SEEDS)
+    return [judge_record(*job) for job in tqdm(jobs, desc="judge")]
+
+
+def judge_record(kind, flags, seed, future):
+    """One such run, beside the optimum of its loss.
+
+    For DPO that is the tilt by the judge's reward of 1; imitation becomes the winners themselves,
+    of whom p^2 come from two preferred answers and 2 p (1 - p) sigmoid(1) from one.
+    """
+    result = future.result()
+    args, sampled = result["args"], result["sampled"]["all"]
+    p = torch.tensor(run("", seed)["p"], dtype=torch.float64)
+    share, kl = evaluate.tilt(p, 1 / args["beta"])
+    if args["loss"] == "sft":
+        winners = p**2 + 2 * p * (1 - p) * torch.sigmoid(torch.tensor(1.0))
+        share, kl = winners.mean().item(), evaluate.coin_kl(winners, p).mean().item()
+    return {
+        "kind": kind,
+        "flags": flags,
+        "source": args["pairs"],
+        "beta": args["beta"],
+        "share predicted": share,
+        "preferred": sampled["preferred"],
+        "exact": sampled["exact"],
+        "KL predicted": kl,
+        "KL": result["kl"]["total"][0],
+    }
 
 
 def frontier(sft):

@@ -83,12 +83,19 @@ def publish(summary):
             "points": [[kl(run), share(run)] for run in method["runs"]],
             **summarise(method["runs"]),
         }
+    judge = {}
+    for run in summary["judge"]:
+        judge.setdefault((run["kind"], run["flags"]), []).append(run)
     return {
         "seeds": len(summary["sft"]),
         "models": {name: summarise(results) for name, results in runs.items()},
         "answers": {name: results[0]["answers"] for name, results in runs.items()},
         "methods": methods,
         "extra": {name: summarise(results) for name, results in summary["extra"].items()},
+        "judge": [
+            runs[0] | {key: over_seeds([run[key] for run in runs]) for key in JUDGE_COLUMNS}
+            for runs in judge.values()
+        ],
         "frontier": summary["frontier"],
         "tokens": {
             model: {
@@ -114,6 +121,8 @@ METHOD_COLUMNS = {  # heading: metric
     "above the frontier": "KL above the frontier (nats)",
     "seconds": "training (s)",
 }
+
+JUDGE_COLUMNS = ("share predicted", "preferred", "exact", "KL predicted", "KL")
 
 
 def markdown(header, rows):
@@ -167,11 +176,22 @@ def tokens_table(content):
     return markdown(["rejected answers, nats", *kinds], rows)
 
 
+def judge_table(content):
+    """One row a run with the judge that errs: what theory predicts, and what came out."""
+    rows = []
+    for run in content["judge"]:
+        setting = re.search(r"--steps (\S+) --lr (\S+)", run["flags"]).groups()
+        cells = [cell(run[key]) for key in JUDGE_COLUMNS]
+        rows.append([run["source"], f"{run['beta']:g}", *setting, run["kind"], *cells])
+    return markdown(["pairs", "β", "steps", "lr", "", *JUDGE_COLUMNS], rows)
+
+
 TABLES = {
     "answers": answers_table,
     "models": models_table,
     "methods": methods_table,
     "tokens": tokens_table,
+    "judge": judge_table,
 }
 
 

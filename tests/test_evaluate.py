@@ -23,7 +23,7 @@ from plots import figures
 PLOTS = Path(__file__).parent.parent / "plots"
 SUMS = range(5, 21)  # of the tiny models
 EVALUATION_FIGURES = {"dist", "sft_gap", "dpo_curves", "mass", "tokens"}
-PUBLISHED_FIGURES = {"frontier"}
+PUBLISHED_FIGURES = {"frontier", "optimum"}
 
 
 def run(script, *arguments):
@@ -585,7 +585,15 @@ def published():
             "best of n": [[n, *evaluate.best_of(p, n)] for n in (2, 4)],
         },
         "methods": {name: {"points": [[1.5, 0.9], [0.0, 1.0]]} for name in names},
+        "judge": [
+            {"source": source, "beta": beta, "kind": kind} | JUDGED
+            for source in ("on-policy", "reference")
+            for beta, kind in ((0.3, ""), (2.0, ""), (0.3, "imitation of the winners"))
+        ],
     }
+
+
+JUDGED = {"share predicted": [0.7, 0, 0.7, 0.7], "preferred": [0.6, 0.1, 0.5, 0.7]}
 
 
 def test_figures_of_many_runs_are_drawn(tmp_path):
