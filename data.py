@@ -310,8 +310,8 @@ def replacing(*paths, keep=True):
                 raise OSError("the log would have the same name")
             for path in paths:
                 os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-                if os.path.isdir(path):
-                    raise IsADirectoryError("it is a folder")
+                if os.path.exists(path) and not os.path.isfile(path):
+                    raise OSError(f"{path} is a folder or a device")
             files = [stack.enter_context(open(name, "wb")) for name in temporary]
             yield files
             for file in files if keep else []:

@@ -290,12 +290,14 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_named_before_any_work(tmp_path):
     one, folder, file = tmp_path / "one", tmp_path / "folder", tmp_path / "file"
-    folder.mkdir(), file.write_text("in the way")
-    for path in (folder, file / "below"):
+    device = tmp_path / "device"
+    folder.mkdir(), file.write_text("in the way"), os.mkfifo(device)
+    for path in (folder, file / "below", device):
         with pytest.raises(data.InputError, match=re.escape(f"cannot write {one} or {path}: ")):
             with data.replacing(one, path):
                 pytest.fail("the block is not entered")
-    assert sorted(tmp_path.iterdir()) == [file, folder] and file.read_text() == "in the way"
+    assert sorted(tmp_path.iterdir()) == [device, file, folder] and device.is_fifo()
+    assert file.read_text() == "in the way"
 
 
 def test_two_processes_that_write_the_same_file_do_not_meet(tmp_path):
