@@ -115,7 +115,7 @@ def gap_to_floor(model):
 
 
 def preferred_shares(reference, preferred_terms, generator):
-    """p_N for N = 5, 6, ...: (sums,), float64; exact, unless there are too many to enumerate."""
+    """p_N for N = 5, 6, ...: (sums,), below 1; exact, unless there are too many to enumerate."""
     sums = range(MIN_SUM, reference.config.max_sum + 1)
     numbers = [math.comb(n - 1, preferred_terms - 1) for n in sums]
     if sum(numbers) > ENUMERABLE:
@@ -128,8 +128,7 @@ def preferred_shares(reference, preferred_terms, generator):
             terms = (str(end - start) for start, end in zip((0, *cuts), (*cuts, n)))
             examples.append((f"{n}=", "+".join(terms)))
     probabilities = logps_of(reference, examples).double().exp()
-    shares = torch.stack([part.sum() for part in probabilities.split(numbers)])
-    return shares.clamp(max=1 - 1e-6)  # rounding may make a share of 1 out of less
+    return torch.stack([part.sum() for part in probabilities.split(numbers)]).clamp(max=1 - 1e-6)
 
 
 def tilt(p, log_t):
