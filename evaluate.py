@@ -333,9 +333,8 @@ def read_log(checkpoint_path):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    record = json.loads(line)
-                    records.append(record | {"seconds": float(record["seconds"])})
-                except (KeyError, TypeError, ValueError):
+                    records.append({"seconds": None} | json.loads(line))
+                except (TypeError, ValueError):
                     print(f"{path} is cut short in line {len(records) + 1}; the rest is left out")
                     break
     return records
