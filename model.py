@@ -154,7 +154,7 @@ class GPT(nn.Module):
         past = cache[0]["k"].shape[2] if cache and cache[0] else 0
         positions = self.position_embedding.weight[past : past + tokens.shape[1]]  # (T, C)
         x = self.token_embedding(tokens) + positions  # (B, T, C)
-        used = tokens != PAD
+        used = tokens != PAD  # padding never enters the blocks
         packing = None if used.all() else Packing(used)
         if packing:
             x = packing.pack(x)  # (M, C)
@@ -295,7 +295,8 @@ def find_device(name):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.zeros(1).to(name).cpu() is not None and torch.device(name)
+        torch.zeros(1).to(name).cpu()
+        return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(
             f"--device {name} is not there; cpu always is, cuda where torch finds a GPU"
