@@ -3,6 +3,7 @@
 # make lesson    every run behind the README's comparisons (about two hours; resumes where it stopped)
 # make publish   the lesson, then plots/published.json and the README's numbers from it
 # make bench     how fast the scripts are on this machine
+# make mutants   the tests on mutants of a clone of the last commit; lists those that pass (hours)
 # make clean     forget the trained models (.venv stays)
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ MODELS := sft dpo_offline dpo_offline_nll dpo
 
 # What sets each DPO run apart: runs/dpo.pt has the defaults, the others the steps of the lesson and
 # the learning rate that it found best for them.
-FLAGS_dpo_offline := --pairs offline --steps 500 --batch-size 128 --lr 3e-4
+FLAGS_dpo_offline := --pairs offline --steps 500 --batch-size 128 --lr 1e-3
 FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1 --steps 500 --batch-size 128 --lr 1e-3
 
 all: $(PLOTS)/results.json
@@ -54,6 +55,15 @@ test: .venv/tests-installed
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest --quiet
 
+mutants: .venv/tests-installed
+	$(BIN)/pip install --disable-pip-version-check --quiet cosmic-ray==8.7.0
+	rm -rf runs/mutants && git clone --quiet . runs/mutants
+	cd runs/mutants && PATH="$(CURDIR)/$(BIN):$$PATH" && session=../mutants.sqlite && rm -f $$session && \
+		cosmic-ray init .cosmic-ray.toml $$session && \
+		cr-filter-operators $$session .cosmic-ray.toml && \
+		cosmic-ray exec .cosmic-ray.toml $$session && \
+		cr-report --surviving-only --show-diff $$session
+
 bench: .venv/installed
 	$(BIN)/python tests/benchmark.py
 
@@ -62,4 +72,4 @@ clean:
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all lesson publish test bench clean
+.PHONY: all lesson publish test mutants bench clean
