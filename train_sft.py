@@ -59,7 +59,7 @@ def main(args):
     prompts = [f"{n}=" for n in range(MIN_SUM, args.max_sum + 1)] * 3
     generator = torch.Generator(device).manual_seed(VALIDATION_SEED)
 
-    # ---- optimizer: Muon for the matrices inside the blocks, AdamW for all else
+    # ---- optimizer: Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for all else
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "blocks" not in name]
     optimizers = [

@@ -58,7 +58,7 @@ EXERCISES = (
 JUDGE = "--judge-reward 1 --answers 32 --batch-size 8 --steps 1000"
 JUDGE_RATES = ("5e-4", "1e-3", "2e-3")
 JUDGE_BETAS, JUDGE_BETA = ("0.3", "0.5", "0.8", "1.3", "2"), "0.8"
-JUDGE_SEEDS = (1, 2)
+JUDGE_SEEDS = (1,)
 BEST_OF = (2, 4, 8, 16)
 
 
