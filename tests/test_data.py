@@ -211,6 +211,7 @@ def test_equations_on_the_command_line(capsys):
     assert sums == set(range(5, 31)) - set(data.held_out_sums(30))
     assert printed(capsys, "--count", "7", "--seed", "5") != printed(capsys, "--count", "7")
     assert printed(capsys, "--count", "7", "--seed", "0") == printed(capsys, "--count", "7")
+    assert len(printed(capsys, "--count", "7", "--seed", "4294967295")) == 7
 
 
 def test_pairs_printed_on_the_command_line_can_be_read_back(tmp_path, capsys):

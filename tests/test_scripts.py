@@ -92,9 +92,11 @@ def test_results_are_consistent(folder):
     assert models["dpo"]["kl"]["total"][0] != 0
 
 
-def test_same_seed_same_checkpoint(folder, tmp_path):
-    run(train_sft, *TINY, "--steps", 60, "--out", tmp_path / "a.pt")
-    run(train_dpo, *SHORT, "--out", tmp_path / "b.pt")
+def test_same_seed_same_checkpoint_and_where_it_is(folder, tmp_path, capsys):
+    for script, flags, name in ((train_sft, (*TINY, "--steps", 60), "a"), (train_dpo, SHORT, "b")):
+        run(script, *flags, "--out", tmp_path / f"{name}.pt")
+        where = f"The model is in {tmp_path}/{name}.pt, its log in {tmp_path}/{name}.jsonl.\n"
+        assert capsys.readouterr().out.endswith(where)
     assert equal_weights(weights(tmp_path / "a.pt"), weights("runs/sft.pt"))
     assert equal_weights(weights(tmp_path / "b.pt"), weights("runs/dpo.pt"))
 
