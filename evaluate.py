@@ -367,6 +367,7 @@ def main(args):
     if args.ask:
         return ask(models, args.ask, preferred_terms, args.seed)
     reference = load_reference(args.sft, models, saved, device)
+    published = tables.published_models()
     paths = [os.path.join(args.plots_dir, f"{name}.json") for name in ("logs", "results")]
     with replacing(*paths) as files:
         generator = torch.Generator(device).manual_seed(args.seed)
@@ -390,8 +391,7 @@ def main(args):
             file.write(json.dumps(content, indent=1).encode() + b"\n")
     found = {name: tables.summarise([result]) for name, result in results["models"].items()}
     print("\n" + tables.models_table({"models": found}))
-    if tables.PUBLISHED.exists():
-        published = tables.models_table(read_json(tables.PUBLISHED))
+    if published:
         print(f"\nPublished, mean ± standard deviation over seeds:\n\n{published}")
     print(f"\nFigures, results.json and logs.json are in {args.plots_dir}.")
 

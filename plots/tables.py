@@ -148,6 +148,16 @@ def models_table(content):
     return markdown(["", *(figures.label_and_colour(name, names)[0] for name in names)], rows)
 
 
+def published_models():
+    """That table of published.json, or None where nothing is published."""
+    try:
+        return models_table(json.loads(PUBLISHED.read_text()))
+    except FileNotFoundError:
+        return None
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise InputError(f"{PUBLISHED} is not of this project; make publish writes it") from None
+
+
 def answers_table(content):
     rows = [
         [figures.MODELS[name][0], *(f"`{a}`" + ("" if is_exact(a) else " ✗") for a in answers)]

@@ -784,3 +784,15 @@ def test_ask_neither_measures_nor_writes(runs, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(evaluate, "--ask", 9, 1000)
     assert "up to 999" in capsys.readouterr().err
+
+
+def test_a_foreign_published_json_is_refused_before_anything_is_measured(
+    runs, tmp_path, monkeypatch
+):
+    path = tmp_path / "published.json"
+    monkeypatch.setattr(evaluate.tables, "PUBLISHED", path)
+    for text in ("[", "{}", '{"models": 3}', '{"models": {"sft": {}}}'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="is not of this project; make publish writes it"):
+            run(evaluate, runs / "sft.pt", "--sft", runs / "sft.pt", "--plots-dir", tmp_path / "p")
+        assert not (tmp_path / "p").exists()
