@@ -58,11 +58,11 @@ test: .venv/tests-installed
 mutants: .venv/tests-installed
 	$(BIN)/pip install --disable-pip-version-check --quiet cosmic-ray==8.7.0
 	rm -rf runs/mutants && git clone --quiet . runs/mutants
-	cd runs/mutants && PATH="$(CURDIR)/$(BIN):$$PATH" && session=../mutants.sqlite && rm -f $$session && \
-		cosmic-ray init .cosmic-ray.toml $$session && \
-		cr-filter-operators $$session .cosmic-ray.toml && \
-		cosmic-ray exec .cosmic-ray.toml $$session && \
-		cr-report --surviving-only --show-diff $$session
+	cd runs/mutants && PATH="$(CURDIR)/$(BIN):$$PATH" && found=../mutants.sqlite && rm -f $$found && \
+		cosmic-ray init .cosmic-ray.toml $$found && \
+		cr-filter-operators $$found .cosmic-ray.toml && \
+		cosmic-ray exec .cosmic-ray.toml $$found && \
+		cr-report --surviving-only --show-diff $$found
 
 bench: .venv/installed
 	$(BIN)/python tests/benchmark.py
