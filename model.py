@@ -283,8 +283,9 @@ def write_record(log, record):
 with contextlib.suppress(OSError, AttributeError, TypeError):  # Linux alone has this library
     # Keep what a step frees for the next one (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h):
     # else each large tensor is asked of the system anew, which takes a tenth of a step.
-    for option, value in ((-1, 2**30), (-3, 2**25)):
-        ctypes.CDLL("libc.so.6").mallopt(option, value)
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-1, 2**30)
+    libc.mallopt(-3, 2**25)
 
 
 def find_device(name):

@@ -267,9 +267,9 @@ def draw_frontier(published, folder):
     axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
     for n, share, kl in published["frontier"]["best of n"]:
         axes.plot(kl, 100 * share, marker="x", color="black", linestyle="none")
-        place, side = ((6, -9), "left") if n <= 8 else ((-6, 2), "right")
-        place = {"xytext": place, "ha": side, "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(f"best of {n}", (kl, 100 * share), **place)
+        offset, side = ((6, -9), "left") if n <= 8 else ((-6, 2), "right")
+        style = {"textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"best of {n}", (kl, 100 * share), offset, ha=side, **style)
     for name, method in published["methods"].items():
         points = np.array(method["points"])
         colour = METHOD_COLOURS[name.replace(",", "").split(" ")[0]]

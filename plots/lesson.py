@@ -55,7 +55,7 @@ EXERCISES = (
 )
 # With a judge that errs: pairs of the policy and of the SFT model, over beta. The rate of each is
 # the one that comes closest to the predicted share, on seed 0 and at one beta.
-JUDGE = "--judge-reward 1 --answers 32 --batch-size 8 --steps 1000"
+JUDGE = "--judge-reward 1 --answers 32 --batch-size 8"
 JUDGE_RATES = ("5e-4", "1e-3", "2e-3")
 JUDGE_BETAS, JUDGE_BETA = ("0.3", "0.5", "0.8", "1.3", "2"), "0.8"
 JUDGE_SEEDS = (1,)
@@ -151,22 +151,25 @@ def compare(pool):
 def judge(pool):
     """What came out with a judge that errs, beside what theory predicts."""
 
-    def submit(kind, flags, seeds):
-        return [(kind, flags, seed, pool.submit(run, flags, seed)) for seed in seeds]
+    def submit(kind, seed, source, rate, beta=JUDGE_BETA, steps=1000, loss=""):
+        flags = f"--pairs {source} {JUDGE} --steps {steps} --lr {rate} --beta {beta}{loss}"
+        return kind, flags, seed, pool.submit(run, flags, seed)
 
-    rates, jobs = {}, []
-    for source in ("on-policy", "reference"):
-        flags = [f"--pairs {source} {JUDGE} --lr {rate} --beta " for rate in JUDGE_RATES]
-        rates[source] = [job for each in flags for job in submit("check", each + JUDGE_BETA, [0])]
-    for tried in rates.values():
-        records = [judge_record(*job) for job in tried]
-        best = min(records, key=lambda record: abs(record["preferred"] - record["share predicted"]))
-        plain = best["flags"].removesuffix(JUDGE_BETA)
-        longer = best["flags"].replace("--steps 1000", "--steps 2000")
-        jobs += tried + submit("check", longer, [0])
-        for beta in JUDGE_BETAS:
-            jobs += submit("", plain + beta, JUDGE_SEEDS)
-    jobs += submit("imitation of the winners", plain + JUDGE_BETA + " --loss sft", JUDGE_SEEDS)
+    checks = {
+        source: {rate: submit("check", 0, source, rate) for rate in JUDGE_RATES}
+        for source in ("on-policy", "reference")
+    }
+    jobs = []
+    for source, tried in checks.items():
+        off = {}
+        for rate, job in tried.items():
+            record = judge_record(*job)
+            off[rate] = abs(record["preferred"] - record["share predicted"])
+        best = min(off, key=off.get)
+        jobs += [*tried.values(), submit("check", 0, source, best, steps=2000)]
+        jobs += [submit("", s, source, best, beta) for beta in JUDGE_BETAS for s in JUDGE_SEEDS]
+    kind = "imitation of the winners"
+    jobs += [submit(kind, s, "reference", best, loss=" --loss sft") for s in JUDGE_SEEDS]
     return [judge_record(*job) for job in tqdm(jobs, desc="judge")]
 
 
