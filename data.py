@@ -19,7 +19,6 @@ import signal
 import sys
 
 import numpy as np
-import torch
 
 # ---- vocabulary: one token per character, and two that are no character ----------------------
 
@@ -177,6 +176,8 @@ def collate(examples):
     its end token; it is made from positions, so it never mistakes a token for padding.
     [("9=", "4+5")] -> [[PAD, PAD, 9, 11, 4, 10, 5, END]], [[False] * 4 + [True] * 4]
     """
+    import torch  # here alone: tables, figures and the command line below do without
+
     firsts = PROMPT_WIDTH - np.array([len(prompt) for prompt, _ in examples], int)[:, None]
     ends = PROMPT_WIDTH + np.array([len(completion) for _, completion in examples], int)[:, None]
     columns = np.arange(ends.max(initial=PROMPT_WIDTH) + 1)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import data
@@ -23,6 +25,13 @@ SCRIPTS = {
 def test_every_table_and_number_is_the_one_of_published_json():
     published = json.loads(tables.PUBLISHED.read_text())
     assert tables.fill(README, published) == README, "make publish writes them anew"
+
+
+def test_tables_are_made_of_json_alone():
+    without = "import sys; sys.modules['torch'] = None; from plots import tables; "
+    command = [sys.executable, "-c", without + "print(tables.published_models())"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() in README
 
 
 def test_no_measured_number_stands_outside_of_a_marker():
