@@ -62,7 +62,7 @@ class Packing:
     def unpack(self, rows):
         """(M, X) -> (B, T, X), zero where not used"""
         B, T = self.shape
-        grid = rows.new_zeros(B * T, rows.shape[1]).index_copy(0, self.rows, rows)
+        grid = rows.new_zeros(B * T, rows.shape[1]).index_copy_(0, self.rows, rows)
         return grid.view(B, T, rows.shape[1])
 
 
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
-        later = torch.full((config.block_size, config.block_size), -torch.inf).triu(1)
+        later = torch.full((config.block_size, config.block_size), -torch.inf).tril(-1)
         self.register_buffer("later", later, persistent=False)
 
     def forward(self, x, packing=None, cache=None):
@@ -96,9 +96,10 @@ class Attention(nn.Module):
         if cache is not None:
             cache["k"], cache["v"] = k, v
         S = k.shape[2]
-        # Plain products: F.scaled_dot_product_attention is slower at these lengths.
-        scores = q @ k.mT * D**-0.5 + self.later[S - T : S, :S]  # (B, H, T, S)
-        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, H * D)
+        # Plain products: F.scaled_dot_product_attention is slower at these lengths, and so is
+        # a softmax over the last axis; so keys come first.
+        scores = k @ q.mT * D**-0.5 + self.later[:S, S - T : S]  # (B, H, S, T)
+        y = (scores.softmax(2).mT @ v).transpose(1, 2).reshape(B, T, H * D)
         return self.out(packing.pack(y) if packing else y)
 
 
