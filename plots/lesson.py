@@ -56,7 +56,8 @@ EXERCISES = (
 # With a judge that errs: pairs of the policy and of the SFT model, over beta. The rate of each is
 # the one that comes closest to the predicted share, on seed 0 and at one beta.
 JUDGE = "--judge-reward 1 --answers 32 --batch-size 8"
-JUDGE_RATES = ("5e-4", "1e-3", "2e-3")
+JUDGE_STEPS = 4000
+JUDGE_RATES = {"on-policy": ("5e-4", "1e-3", "2e-3"), "reference": ("1e-4", "2e-4", "5e-4")}
 JUDGE_BETAS, JUDGE_BETA = ("0.3", "0.5", "0.8", "1.3", "2"), "0.8"
 JUDGE_SEEDS = (1,)
 BEST_OF = (2, 4, 8, 16)
@@ -151,13 +152,13 @@ def compare(pool):
 def judge(pool):
     """What came out with a judge that errs, beside what theory predicts."""
 
-    def submit(kind, seed, source, rate, beta=JUDGE_BETA, steps=1000, loss=""):
+    def submit(kind, seed, source, rate, beta=JUDGE_BETA, steps=JUDGE_STEPS, loss=""):
         flags = f"--pairs {source} {JUDGE} --steps {steps} --lr {rate} --beta {beta}{loss}"
         return kind, flags, seed, pool.submit(run, flags, seed)
 
     checks = {
-        source: {rate: submit("check", 0, source, rate) for rate in JUDGE_RATES}
-        for source in ("on-policy", "reference")
+        source: {rate: submit("check", 0, source, rate) for rate in rates}
+        for source, rates in JUDGE_RATES.items()
     }
     jobs = []
     for source, tried in checks.items():
@@ -166,7 +167,7 @@ def judge(pool):
             record = judge_record(*job)
             off[rate] = abs(record["preferred"] - record["share predicted"])
         best = min(off, key=off.get)
-        jobs += [*tried.values(), submit("check", 0, source, best, steps=2000)]
+        jobs += [*tried.values(), submit("check", 0, source, best, steps=2 * JUDGE_STEPS)]
         jobs += [submit("", s, source, best, beta) for beta in JUDGE_BETAS for s in JUDGE_SEEDS]
     kind = "imitation of the winners"
     jobs += [submit(kind, s, "reference", best, loss=" --loss sft") for s in JUDGE_SEEDS]
