@@ -1,6 +1,6 @@
 # make           everything: .venv, SFT, three DPO runs, results and figures in plots/
 # make test      the linter and the tests
-# make lesson    every run behind the README's comparisons (about two hours; resumes where it stopped)
+# make lesson    every run behind the README's comparisons (three hours; resumes where it stopped)
 # make publish   the lesson, then plots/published.json and the README's numbers from it
 # make bench     how fast the scripts are on this machine
 # make mutants   the tests on mutants of a clone of the last commit; lists those that pass (hours)

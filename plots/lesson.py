@@ -168,6 +168,8 @@ def judge(pool):
             off[rate] = abs(record["preferred"] - record["share predicted"])
         best = min(off, key=off.get)
         jobs += [*tried.values(), submit("check", 0, source, best, steps=2 * JUDGE_STEPS)]
+        lowest, steepest = JUDGE_RATES[source][0], JUDGE_BETAS[0]
+        jobs += [submit("check", s, source, lowest, steepest) for s in JUDGE_SEEDS]
         jobs += [submit("", s, source, best, beta) for beta in JUDGE_BETAS for s in JUDGE_SEEDS]
     kind = "imitation of the winners"
     jobs += [submit(kind, s, "reference", best, loss=" --loss sft") for s in JUDGE_SEEDS]
