@@ -156,23 +156,24 @@ def judge(pool):
         flags = f"--pairs {source} {JUDGE} --steps {steps} --lr {rate} --beta {beta}{loss}"
         return kind, flags, seed, pool.submit(run, flags, seed)
 
-    checks = {
+    def off(job):
+        record = judge_record(*job)
+        return abs(record["preferred"] - record["share predicted"])
+
+    tried = {
         source: {rate: submit("check", 0, source, rate) for rate in rates}
         for source, rates in JUDGE_RATES.items()
     }
+    best = {source: min(jobs, key=lambda rate: off(jobs[rate])) for source, jobs in tried.items()}
     jobs = []
-    for source, tried in checks.items():
-        off = {}
-        for rate, job in tried.items():
-            record = judge_record(*job)
-            off[rate] = abs(record["preferred"] - record["share predicted"])
-        best = min(off, key=off.get)
-        jobs += [*tried.values(), submit("check", 0, source, best, steps=2 * JUDGE_STEPS)]
+    for source, rate in best.items():
+        jobs += tried[source].values()
+        jobs.append(submit("check", 0, source, rate, steps=2 * JUDGE_STEPS))
         lowest, steepest = JUDGE_RATES[source][0], JUDGE_BETAS[0]
         jobs += [submit("check", s, source, lowest, steepest) for s in JUDGE_SEEDS]
-        jobs += [submit("", s, source, best, beta) for beta in JUDGE_BETAS for s in JUDGE_SEEDS]
-    kind = "imitation of the winners"
-    jobs += [submit(kind, s, "reference", best, loss=" --loss sft") for s in JUDGE_SEEDS]
+        jobs += [submit("", s, source, rate, beta) for beta in JUDGE_BETAS for s in JUDGE_SEEDS]
+    kind, rate = "imitation of the winners", best["reference"]
+    jobs += [submit(kind, s, "reference", rate, loss=" --loss sft") for s in JUDGE_SEEDS]
     return [judge_record(*job) for job in tqdm(jobs, desc="judge")]
 
 
