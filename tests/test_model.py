@@ -9,8 +9,8 @@ import torch
 
 from data import END, PAD, PROMPT_WIDTH, VOCAB_SIZE, InputError, collate, encode
 from data import random_equations, replacing
-from model import GPT, GPTConfig, add_up, completion_logps, find_device, fingerprint, generate
-from model import load_checkpoint, save_checkpoint, token_logps
+from model import GPT, GPTConfig, Packing, add_up, completion_logps, find_device, fingerprint
+from model import generate, load_checkpoint, save_checkpoint, token_logps
 
 PROMPTS = ["100=", "43=", "9=", "5=", "77=", "999="]
 
@@ -50,9 +50,13 @@ def plain_logps(model, tokens):
 
 
 def test_logps_equal_a_plain_loop_whatever_the_batch_and_the_padding(model):
-    """Many rows, not sorted by length, from none to all columns in use."""
+    """Many rows, not sorted by length, from none to all columns in use; some begin alike.
+
+    Of the longest two, the first 16 columns are the same.
+    """
     rng = np.random.default_rng(0)
     examples = [*random_equations(rng, 150, range(5, 21)), ("10=", ""), ("999=", "0+0")]
+    examples += [("20=", "1+1+1+1+1+1+1"), ("20=", "1+1+1+1+1+1+2"), ("20=", "1+1+1+1+1+1+1")]
     lengths = [len(completion) for _, completion in examples]
     assert lengths != sorted(lengths)
     tokens, mask = collate(examples)
@@ -83,6 +87,18 @@ def test_gradients_of_a_large_batch_equal_those_of_its_rows(model):
         assert torch.allclose(p.grad, grad, atol=1e-7)
 
 
+def test_equal_prefixes_are_computed_once(model):
+    tokens, mask = collate(random_equations(np.random.default_rng(0), 100, range(5, 21)))
+    inputs = [row[: row.index(END)] for row in tokens.tolist()]
+    prefixes = {tuple(row[: t + 1]) for row in inputs for t in range(len(row)) if row[t] != PAD}
+    assert len(prefixes) < 0.7 * (tokens[:, :-1].lt(END)).sum()
+    rows = []
+    hook = model.blocks[0].register_forward_hook(lambda block, args, out: rows.append(len(out)))
+    token_logps(model, tokens, mask)
+    hook.remove()
+    assert rows == [len(prefixes)]
+
+
 def test_token_id_zero_counts(model):
     """A digit 0 in a completion has a log-prob like any other: masks never read token ids."""
     assert encode("0") == [0]
@@ -97,6 +113,18 @@ def test_no_rows_give_no_logps_and_zero_gradients(model):
     assert token_logps(model, *collate([])).shape == (0, 4)
     completion_logps(model, tokens, mask).sum().backward()
     assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
+
+
+def test_attention_equals_that_of_torch(model):
+    tokens, _ = collate([("100=", "50+50"), ("999=", "0+0+0")])
+    B, T = tokens.shape
+    attention = model.blocks[0].attention
+    x = torch.randn(B, T, 16, dtype=torch.float64)
+    qkv = attention.qkv(x).view(B, T, 3, 2, 8).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+    y = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+    expected = attention.out(y.transpose(1, 2).reshape(B, T, 16))
+    got = attention(x.flatten(0, 1), Packing(tokens, heads=2, past=1)).view(B, T, 16)
+    assert torch.allclose(got, expected, atol=1e-12)
 
 
 def test_no_position_sees_what_comes_after_it(model):
