@@ -46,11 +46,11 @@ class GPTConfig:
 
 
 class Packing:
-    """The M distinct prefixes of a batch, a row each: all that the blocks compute.
+    """The M distinct prefixes of a batch, a row each. Only attention needs their grid (B, T) back.
 
     A causal model has the same values wherever the tokens up to there are the same. So prompts and
     first digits that equations share are computed once, and padding never: a forward and backward
-    pass takes six tenths of the time of one over every cell of the grid (B, T).
+    pass takes six tenths of the time of one over every cell of the grid.
     "9=4+5", "9=3+6" -> 8 rows for 10 tokens, as "9" and "9=" are shared
     """
 
@@ -110,7 +110,7 @@ class Attention(nn.Module):
             v = torch.cat([cache["v"], v], dim=2)
         if cache is not None:
             cache["k"], cache["v"] = k, v
-        (S, D), T = k.shape[2:], q.shape[2]
+        (T, D), S = q.shape[2:], k.shape[2]
         # Plain products: F.scaled_dot_product_attention is slower at these lengths, and so is
         # a softmax over the last axis; so keys come first.
         scores = k @ q.mT * D**-0.5 + self.later[:S, S - T : S]  # (H, B, S, T)
@@ -223,8 +223,10 @@ def generate(model, prompts, greedy=False, generator=None):
         if len(going) < len(rows):
             lengths[rows[drawn == END]] = t + 1
             rows, drawn = rows[going], drawn[going]
-            for layer in cache:
-                layer.update({name: kept.index_select(1, going) for name, kept in layer.items()})
+            cache = [
+                {name: kept.index_select(1, going) for name, kept in layer.items()}
+                for layer in cache
+            ]
         if len(rows) == 0:
             break
         new = drawn[:, None]
