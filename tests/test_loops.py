@@ -1,10 +1,11 @@
 """The training loops against loops written out here, one sequence at a time.
 
 All of it in double precision: two ways to the same sum then differ by some 1e-16, which neither
-AdamW's division by tiny gradients nor Muon's bfloat16 makes visible.
+AdamW's division by tiny gradients nor Muon's by tiny singular values makes visible.
 """
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -117,6 +118,22 @@ def untrained(args):
     return GPT(GPTConfig(args.depth, args.width, args.heads, args.max_sum))
 
 
+class MuonByHand(torch.optim.Optimizer):
+    """The update of Muon from the singular values themselves, each mapped by the quintic."""
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            average = 0.95 * self.state[p].get("average", 0) + 0.05 * p.grad
+            self.state[p]["average"] = average
+            U, s, V = torch.linalg.svd(0.95 * average + 0.05 * p.grad, full_matrices=False)
+            s = s / s.norm().clamp(min=1e-7)  # nothing yet moves what a zero matrix hides
+            for _ in range(5):
+                s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+            scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+            p.sub_(self.param_groups[0]["lr"] * scale * (U * s) @ V)
+
+
 def sft_by_hand(args):
     """The weights at the end, and the loss of every step."""
     model = untrained(args)
@@ -126,7 +143,7 @@ def sft_by_hand(args):
     assert len(matrices) == 4 * args.depth
     others = [parameters[name] for name in parameters.keys() - set(matrices)]
     optimizers = [
-        torch.optim.Muon([parameters[name] for name in matrices], weight_decay=0),
+        MuonByHand([parameters[name] for name in matrices], {"lr": 0}),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0),
     ]
     losses = []
@@ -202,6 +219,22 @@ def assert_logged(log, expected):
     for record, numbers in zip(log, expected):
         assert ("loss" in record) == ("loss" in numbers)
         assert {name: record[name] for name in numbers} == pytest.approx(numbers, abs=SAME)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)])
+def test_muon_is_that_of_torch(shape):
+    """But for the precision of bfloat16, three digits at most, in which torch's updates are made."""
+    rng, moved = torch.Generator().manual_seed(0), []
+    start, gradients = (torch.randn(n, *shape, generator=rng) for n in (1, 4))
+    for muon in (train_sft.Muon, functools.partial(torch.optim.Muon, weight_decay=0)):
+        matrix = torch.nn.Parameter(start[0].clone())
+        optimizer = muon([matrix], lr=0.1)
+        for gradient in gradients:
+            matrix.grad = gradient.clone()
+            optimizer.step()
+        moved.append((matrix - start[0]).detach())
+    ours, theirs = moved
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 @pytest.mark.parametrize(
