@@ -1,7 +1,8 @@
 # make           everything: .venv, SFT, three DPO runs, results and figures in plots/
 # make test      the linter and the tests
-# make lesson    every run behind the README's comparisons (three hours; resumes where it stopped)
-# make publish   the lesson, then plots/published.json and the README's numbers from it
+# make lesson    every run behind the README's comparisons (hours; resumes where it stopped)
+# make judge     the runs with a judge that errs (as long again)
+# make publish   the lesson, then plots/published.json and the README's numbers from both
 # make bench     how fast the scripts are on this machine
 # make mutants   the tests on mutants of a clone of the last commit; lists those that pass (hours)
 # make clean     forget the trained models (.venv stays)
@@ -43,6 +44,9 @@ $(PLOTS)/results.json: evaluate.py plots/figures.py plots/tables.py $(MODELS:%=r
 lesson: .venv/installed
 	$(BIN)/python plots/lesson.py
 
+judge: .venv/installed
+	$(BIN)/python plots/lesson.py --judge
+
 publish: lesson
 	$(BIN)/python plots/tables.py
 
@@ -72,4 +76,4 @@ clean:
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all lesson publish test mutants bench clean
+.PHONY: all lesson judge publish test mutants bench clean

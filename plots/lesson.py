@@ -1,12 +1,14 @@
 """Every run behind the README's comparisons; a run that is done already is not run again.
 
-    python plots/lesson.py     # or: make lesson
+    python plots/lesson.py            # or: make lesson; every run but those with a judge that errs
+    python plots/lesson.py --judge    # or: make judge; these alone
 
-Trains and measures one run a core, each with one thread, and leaves runs/lesson/summary.json for
-plots/tables.py. Every method gets the same steps, batches and learning rates to choose from: the
-rate is chosen on seed 0 by the preferred share and reported over the other seeds.
+Trains and measures one run a core, each with one thread, and leaves summary.json or judge.json in
+runs/lesson for plots/tables.py. Every method gets the same steps, batches and learning rates to
+choose from: the rate is chosen on seed 0 by the preferred share and reported over the other seeds.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -102,34 +104,40 @@ def results(title, futures):
     return [future.result() for future in tqdm(futures, desc=title)]
 
 
-def main():
+def main(args):
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        sft = results("SFT", [pool.submit(run, "", seed) for seed in (0, *SEEDS)])
-        methods = compare(pool)
-        default = [pool.submit(run, DEFAULT, seed) for seed in SEEDS]
-        offline = methods["offline"]["flags"]
-        extra = {
-            "one SFT model": [pool.submit(run, offline, seed, 100, 1) for seed in OTHER_PAIRS],
-            **{f"exercise {i}": [pool.submit(run, e, 1)] for i, e in enumerate(EXERCISES, start=1)},
-            **{
-                f"beta {beta}": [pool.submit(run, f"{DEFAULT} --beta {beta}", s) for s in SEEDS[:3]]
-                for beta in BETAS
-            },
-        }
-        extra = {name: results(name, futures) for name, futures in extra.items()}
-        summary = {
-            "sft": sft[1:],
-            "default": results("default", default),
-            "methods": methods,
-            "extra": extra,
-            "judge": judge(pool),
-            "frontier": frontier(sft[1:]),
-        }
-    with replacing(RUNS / "summary.json") as (file,):
-        file.write(json.dumps(summary).encode())
+        if args.judge:
+            name, content = "judge", judge(pool)
+        else:
+            name, content = "summary", compare(pool)
+    with replacing(RUNS / f"{name}.json") as (file,):
+        file.write(json.dumps(content).encode())
 
 
 def compare(pool):
+    """All that is published of runs whose judge never errs."""
+    sft = results("SFT", [pool.submit(run, "", seed) for seed in (0, *SEEDS)])
+    methods = at_best_rates(pool)
+    default = [pool.submit(run, DEFAULT, seed) for seed in SEEDS]
+    offline = methods["offline"]["flags"]
+    extra = {
+        "one SFT model": [pool.submit(run, offline, seed, 100, 1) for seed in OTHER_PAIRS],
+        **{f"exercise {i}": [pool.submit(run, e, 1)] for i, e in enumerate(EXERCISES, start=1)},
+        **{
+            f"beta {beta}": [pool.submit(run, f"{DEFAULT} --beta {beta}", s) for s in SEEDS[:3]]
+            for beta in BETAS
+        },
+    }
+    return {
+        "sft": sft[1:],
+        "default": results("default", default),
+        "methods": methods,
+        "extra": {name: results(name, futures) for name, futures in extra.items()},
+        "frontier": frontier(sft[1:]),
+    }
+
+
+def at_best_rates(pool):
     """Every method at the best of the rates on seed 0, and its results over the other seeds."""
     tried = {
         name: [f"{flags} {STEPS} --lr {rate}" for flags in variants for rate in RATES]
@@ -151,6 +159,7 @@ def compare(pool):
 
 def judge(pool):
     """What came out with a judge that errs, beside what theory predicts."""
+    results("SFT", [pool.submit(run, "", seed) for seed in (0, *JUDGE_SEEDS)])
 
     def submit(kind, seed, source, rate, beta=JUDGE_BETA, steps=JUDGE_STEPS, loss=""):
         flags = f"--pairs {source} {JUDGE} --steps {steps} --lr {rate} --beta {beta}{loss}"
@@ -213,4 +222,7 @@ def frontier(sft):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    parser = argparse.ArgumentParser(description="Train and measure the runs of the README.")
+    parser.add_argument("--judge", action="store_true", help="those with a judge that errs")
+    arguments = parser.parse_args()
+    run_script(lambda: main(arguments))

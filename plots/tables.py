@@ -2,9 +2,10 @@
 
     python plots/tables.py     # or: make publish
 
-Turns runs/lesson/summary.json, which plots/lesson.py leaves, into plots/published.json, the figures
-that show it, and README.md between its markers: `<!-- models/dpo/exact .3f -->0.996<!-- end -->`
-holds one number of published.json, `<!-- table models -->` a table.
+Turns what plots/lesson.py leaves in runs/lesson into plots/published.json, the figures of it and
+README.md between its markers: `<!-- models/dpo/exact .3f -->0.996<!-- end -->` holds one number of
+published.json, `<!-- table models -->` a table. Without new runs of the judge that errs, what is
+published of them stays.
 """
 
 import json
@@ -21,6 +22,7 @@ from plots import figures  # noqa: E402
 
 PUBLISHED = ROOT / "plots" / "published.json"
 README = ROOT / "README.md"
+RUNS = Path("runs/lesson")
 MODELS = {"dpo_offline": "offline", "dpo_offline_nll": "offline + NLL"}  # and the default
 NEEDS = {
     "offline": "written answers",
@@ -69,7 +71,7 @@ def summarise(runs):
 
 
 def publish(summary):
-    """The content of published.json."""
+    """The content of published.json, but for its runs with a judge that errs."""
     runs = {"sft": summary["sft"], "dpo": summary["default"]}
     runs |= {model: summary["methods"][name]["runs"] for model, name in MODELS.items()}
     runs = {name: runs[name] for name in figures.in_order(runs)}
@@ -83,19 +85,12 @@ def publish(summary):
             "points": [[kl(run), share(run)] for run in method["runs"]],
             **summarise(method["runs"]),
         }
-    judge = {}
-    for run in summary["judge"]:
-        judge.setdefault((run["kind"], run["flags"]), []).append(run)
     return {
         "seeds": len(summary["sft"]),
         "models": {name: summarise(results) for name, results in runs.items()},
         "answers": {name: results[0]["answers"] for name, results in runs.items()},
         "methods": methods,
         "extra": {name: summarise(results) for name, results in summary["extra"].items()},
-        "judge": [
-            runs[0] | {key: over_seeds([run[key] for run in runs]) for key in JUDGE_COLUMNS}
-            for runs in judge.values()
-        ],
         "frontier": summary["frontier"],
         "tokens": {
             model: {
@@ -106,6 +101,17 @@ def publish(summary):
             if model != "sft"
         },
     }
+
+
+def publish_judge(records):
+    """Those runs: one entry for all seeds of a setting."""
+    settings = {}
+    for run in records:
+        settings.setdefault((run["kind"], run["flags"]), []).append(run)
+    return [
+        runs[0] | {key: over_seeds([run[key] for run in runs]) for key in JUDGE_COLUMNS}
+        for runs in settings.values()
+    ]
 
 
 # ---- Markdown --------------------------------------------------------------------------------
@@ -225,12 +231,19 @@ def fill(text, content):
     return re.sub(r"<!-- ([^>]+) (\.\d[f%]) -->[^<]*<!-- end -->", number, text)
 
 
-def main():
+def read(path, maker):
     try:
-        summary = json.loads(Path("runs/lesson/summary.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"no summary of runs to publish; make lesson writes it: {error}") from None
-    content = publish(summary)
+        raise InputError(f"nothing to publish; {maker} writes {path}: {error}") from None
+
+
+def main():
+    content = publish(read(RUNS / "summary.json", "make lesson"))
+    if (RUNS / "judge.json").exists():
+        content["judge"] = publish_judge(read(RUNS / "judge.json", "make judge"))
+    else:
+        content["judge"] = read(PUBLISHED, "make judge")["judge"]
     figures.draw_published(content, PUBLISHED.parent)
     text = fill(README.read_text(encoding="utf-8"), content)
     with replacing(PUBLISHED, README) as (published, readme):
