@@ -165,7 +165,7 @@ def random_pairs(rng, count, sums, preferred_terms):
 
 # ---- batches and pairs files -----------------------------------------------------------------
 
-PROMPT_WIDTH = 4  # columns of every prompt: up to three digits and the equals sign
+PROMPT_WIDTH = 5  # columns of every prompt: padding, up to three digits, the equals sign
 
 
 def collate(examples):
@@ -174,7 +174,7 @@ def collate(examples):
     Prompts end and completions begin in the same column for all, whatever the number of digits:
     a token's column is its distance from the equals sign. The mask is True on the completion and
     its end token; it is made from positions, so it never mistakes a token for padding.
-    [("9=", "4+5")] -> [[PAD, PAD, 9, 11, 4, 10, 5, END]], [[False] * 4 + [True] * 4]
+    [("9=", "4+5")] -> [[PAD, PAD, PAD, 9, 11, 4, 10, 5, END]], [[False] * 5 + [True] * 4]
     """
     import torch  # here alone: tables, figures and the command line below do without
 
@@ -233,6 +233,15 @@ def parse_pair(line, longest):
 
 class InputError(Exception):
     """Input that cannot be used. The message is one line: what is wrong and what to do."""
+
+
+def read_json(path):
+    """What a JSON file holds, or InputError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
 def positive_int(text):

@@ -100,9 +100,10 @@ class Attention(nn.Module):
     def forward(self, x, packing, cache=None):
         """x (M, C), packed -> (M, C).
 
-        Padding at the left of a prompt has no key and no value but zero, so a little attention is
-        lost on it. `cache`, for generation, is a dict with the keys and values of the columns
-        before x; those of x are added.
+        Padding at the left of a prompt has no key and no value but zero: there attention rests
+        where nothing else fits. Every prompt has some; else `100=` would be the one without.
+        `cache`, for generation, is a dict with the keys and values of the columns before x; those
+        of x are added.
         """
         q, k, v = packing.unpack(self.qkv(x), 3 * self.heads).chunk(3)  # each (H, B, T, D)
         if cache:

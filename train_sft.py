@@ -28,7 +28,7 @@ VALIDATION_SIZE = 1000
 
 def parse_args(argv=None):
     parser = make_parser("Train a small Transformer on random equations.", [training_flags()])
-    parser.set_defaults(steps=3500, batch_size=256, lr=1.2e-2, out="runs/sft.pt")
+    parser.set_defaults(steps=4000, batch_size=256, lr=1.2e-2, out="runs/sft.pt")
     add = parser.add_argument
     add("--depth", type=positive_int, default=6, help="blocks")
     add("--width", type=positive_int, default=48, help="of the residual stream")
@@ -43,9 +43,8 @@ def parse_args(argv=None):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised: every direction of a matrix moves equally far.
 
-    The algorithm of torch.optim.Muon (Jordan et al., 2024), which computes in bfloat16: processors
-    that know it only by emulation, as those of many laptops, take a third of a step for that. This
-    one computes in the precision of the weights.
+    torch.optim.Muon (Jordan et al., 2024) does the same in bfloat16. A processor that must emulate
+    it spends a third of a training step on that; so here it is in the precision of the weights.
     """
 
     def __init__(self, matrices, lr, momentum=0.95):

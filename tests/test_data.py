@@ -183,18 +183,18 @@ def test_collate_aligns_the_equals_signs_and_masks_completions_by_position():
     tokens, mask = data.collate([("9=", "4+5"), ("100=", "0"), ("10=", "")])
     END, PAD = data.END, data.PAD
     assert tokens.tolist() == [
-        [PAD, PAD, 9, 11, 4, 10, 5, END],
-        [1, 0, 0, 11, 0, END, PAD, PAD],
-        [PAD, 1, 0, 11, END, PAD, PAD, PAD],
+        [PAD, PAD, PAD, 9, 11, 4, 10, 5, END],
+        [PAD, 1, 0, 0, 11, 0, END, PAD, PAD],
+        [PAD, PAD, 1, 0, 11, END, PAD, PAD, PAD],
     ]
     assert mask.tolist() == [
-        [False] * 4 + [True] * 4,
-        [False] * 4 + [True] * 2 + [False] * 2,
-        [False] * 4 + [True] + [False] * 3,
+        [False] * 5 + [True] * 4,
+        [False] * 5 + [True] * 2 + [False] * 2,
+        [False] * 5 + [True] + [False] * 3,
     ]
     assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
     tokens, mask = data.collate([])
-    assert tokens.shape == mask.shape == (0, 5)
+    assert tokens.shape == mask.shape == (0, 6)
 
 
 def printed(capsys, *flags):

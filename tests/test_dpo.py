@@ -177,7 +177,7 @@ def given(flags, path):
 def test_a_preferred_answer_is_chosen_above_one_that_is_not(flags, trained, file):
     """To the same prompt, never a held-out one; and the mask covers what tokens it should."""
     terms = flags[-1] if "--preferred-terms" in flags else 3
-    for batch in batches([*given(flags, file[1]), "--batch-size", 24], trained, trained):
+    for batch in batches([*given(flags, file[1]), "--batch-size", 32], trained, trained):
         assert {prompt for prompt, _ in texts(batch)} <= {f"{n}=" for n in SUMS}
         chosen, rejected = texts(batch, batch.chosen), texts(batch, batch.rejected)
         assert len(chosen) == len(rejected) > 5

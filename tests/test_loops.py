@@ -150,8 +150,8 @@ def sft_by_hand(args):
     for done in range(args.steps):
         loss = 0
         for prompt, completion in random_equations(rng, args.batch_size, SEEN):
-            tokens = [PAD] * (4 - len(prompt)) + encode(prompt + completion) + [END]
-            loss -= logp(model, torch.tensor(tokens), torch.arange(4, len(tokens)))
+            tokens = [PAD] * (5 - len(prompt)) + encode(prompt + completion) + [END]
+            loss -= logp(model, torch.tensor(tokens), torch.arange(5, len(tokens)))
         loss = loss / args.batch_size
         update(loss, list(parameters.values()), optimizers, args, done, warmup=0.03)
         losses.append(loss.item())
@@ -223,7 +223,7 @@ def assert_logged(log, expected):
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)])
 def test_muon_is_that_of_torch(shape):
-    """But for the precision of bfloat16, three digits at most, in which torch's updates are made."""
+    """But for the precision of bfloat16, two to three digits, in which torch makes its updates."""
     rng, moved = torch.Generator().manual_seed(0), []
     start, gradients = (torch.randn(n, *shape, generator=rng) for n in (1, 4))
     for muon in (train_sft.Muon, functools.partial(torch.optim.Muon, weight_decay=0)):

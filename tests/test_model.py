@@ -17,7 +17,7 @@ PROMPTS = ["100=", "43=", "9=", "5=", "77=", "999="]
 
 def random_model():
     """Every weight is random, so that nothing cancels by chance; most answers end, not all."""
-    torch.manual_seed(2)
+    torch.manual_seed(37)
     model = GPT(GPTConfig(depth=2, width=16, heads=2, max_sum=20)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -35,7 +35,7 @@ def model():
 
 
 def padded(text):
-    """Token ids of a text whose prompt ends in column 3: "9=4" -> [PAD, PAD, 9, 11, 4]."""
+    """Token ids of a text whose prompt ends in column 4: "9=4" -> [PAD] * 3 + [9, 11, 4]."""
     return [PAD] * (PROMPT_WIDTH - 1 - text.index("=")) + encode(text)
 
 
@@ -110,14 +110,14 @@ def test_no_rows_give_no_logps_and_zero_gradients(model):
     model.zero_grad()
     tokens, mask = torch.zeros(0, 9, dtype=torch.long), torch.zeros(0, 9, dtype=torch.bool)
     assert token_logps(model, tokens, mask).shape == (0, 8)
-    assert token_logps(model, *collate([])).shape == (0, 4)
+    assert token_logps(model, *collate([])).shape == (0, PROMPT_WIDTH)
     completion_logps(model, tokens, mask).sum().backward()
     assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
 
 
 def test_attention_equals_that_of_torch(model):
-    tokens, _ = collate([("100=", "50+50"), ("999=", "0+0+0")])
-    B, T = tokens.shape
+    B, T = 2, 11
+    tokens = torch.zeros(B, T, dtype=torch.long)  # without padding, of which torch knows nothing
     attention = model.blocks[0].attention
     x = torch.randn(B, T, 16, dtype=torch.float64)
     qkv = attention.qkv(x).view(B, T, 3, 2, 8).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
@@ -157,7 +157,7 @@ def test_greedy_answers_equal_full_forward_passes_one_by_one(model):
         lengths.append(len(expected))
         assert tokens[i, : lengths[i]].tolist() == expected
         assert (tokens[i, lengths[i] :] == PAD).all()
-        assert mask[i].tolist() == [4 <= t < lengths[i] for t in range(tokens.shape[1])]
+        assert mask[i].tolist() == [PROMPT_WIDTH <= t < lengths[i] for t in range(tokens.shape[1])]
     ended = (tokens == END).any(1)
     assert ended.any() and not ended.all() and len(set(lengths)) >= 4
 
