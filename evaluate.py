@@ -20,7 +20,7 @@ import torch
 
 from data import MIN_SUM, PROMPT_WIDTH, InputError, collate, decode, held_out_sums, is_exact
 from data import is_preferred, make_parser, nats_per_equation, parse, positive_int, random_equations
-from data import random_pairs, replacing, run_script, seen_sums
+from data import random_pairs, read_json, replacing, run_script, seen_sums
 from model import completion_logps, find_device, fingerprint, generate, load_checkpoint, log_path
 from model import token_logps
 from plots import figures, tables
@@ -85,27 +85,24 @@ def measure(equations, preferred_terms):
     }
 
 
-def log_ratios(model, reference, chunks):
-    """log pi - log pi_ref of sampled answers, in nats: (answers,)."""
-    with torch.no_grad():
-        parts = [completion_logps(model, *c) - completion_logps(reference, *c) for c in chunks]
-    return torch.cat(parts).cpu()
-
-
 @torch.no_grad()
-def logps_of(model, examples):
-    """log pi(y|x) of examples (prompt, completion), in nats: (examples,)."""
+def logps_of(model, batches):
+    """log pi(y|x) in nats of the completions in batches (tokens, completion mask): (all rows,)."""
     device = model.head.weight.device
-    chunks = (collate(examples[i : i + CHUNK]) for i in range(0, len(examples), CHUNK))
-    parts = [completion_logps(model, *(x.to(device) for x in chunk)) for chunk in chunks]
+    parts = [completion_logps(model, *(x.to(device) for x in batch)) for batch in batches]
     return torch.cat(parts).cpu()
+
+
+def in_batches(examples):
+    """Examples (prompt, completion) as batches (tokens, completion mask), one at a time."""
+    return (collate(examples[i : i + CHUNK]) for i in range(0, len(examples), CHUNK))
 
 
 def gap_to_floor(model):
     """Nats per equation by which the model's loss exceeds the entropy floor, on the seen sums."""
     sums = seen_sums(model.config.max_sum)
     examples = random_equations(np.random.default_rng(GAP_SEED), GAP_SIZE, sums)
-    return -logps_of(model, examples).mean().item() - nats_per_equation(examples)
+    return -logps_of(model, in_batches(examples)).mean().item() - nats_per_equation(examples)
 
 
 # ---- theory: what the best policy would pay --------------------------------------------------
@@ -127,7 +124,7 @@ def preferred_shares(reference, preferred_terms, generator):
         for cuts in itertools.combinations(range(1, n), preferred_terms - 1):
             terms = (str(end - start) for start, end in zip((0, *cuts), (*cuts, n)))
             examples.append((f"{n}=", "+".join(terms)))
-    probabilities = logps_of(reference, examples).double().exp()
+    probabilities = logps_of(reference, in_batches(examples)).double().exp()
     return torch.stack([part.sum() for part in probabilities.split(numbers)]).clamp(max=1 - 1e-6)
 
 
@@ -246,14 +243,15 @@ def evaluate(model, reference, p, preferred_terms, samples, seed):
             for split, rows in splits.items()
         }
     good = torch.tensor([is_preferred(equation, preferred_terms) for equation in equations])
-    ratios = log_ratios(model, reference, chunks)
+    ratios = logps_of(model, chunks) - logps_of(reference, chunks)
     result["kl"] = split_kl(ratios.view(-1, samples), good.view(-1, samples), p)
     exact = np.reshape([is_exact(equation) for equation in equations], (-1, samples)).mean(1)
-    result["exact_at_largest"] = float(exact[-1])
     result["lowest_exact"] = [float(exact.min()), int(sums[exact.argmin()])]
     outside = [n for n in outside_sums(model.config.max_sum) for _ in range(samples)]
     result["outside"] = measure(answer(model, outside, generator=generator)[0], preferred_terms)
     result["answers"] = answer(model, SHOWN_SUMS, generator=generator)[0]
+    largest = answer(model, [sums[-1]] * 10 * samples, generator=generator)[0]
+    result["exact_at_largest"] = measure(largest, preferred_terms)["exact"]
     wrong = [equation for equation in equations if not is_exact(equation)]
     result["mistakes"] = list(np.random.default_rng(seed).permutation(wrong)[:3])
     return result
@@ -338,14 +336,6 @@ def read_log(checkpoint_path):
                     print(f"{path} is cut short in line {len(records) + 1}; the rest is left out")
                     break
     return records
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
 
 
 def redraw(folder):

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import InputError, is_exact, replacing, run_script  # noqa: E402
+from data import InputError, is_exact, read_json, replacing, run_script  # noqa: E402
 from plots import figures  # noqa: E402
 
 PUBLISHED = ROOT / "plots" / "published.json"
@@ -156,11 +156,11 @@ def models_table(content):
 
 def published_models():
     """That table of published.json, or None where nothing is published."""
-    try:
-        return models_table(json.loads(PUBLISHED.read_text()))
-    except FileNotFoundError:
+    if not PUBLISHED.exists():
         return None
-    except (AttributeError, LookupError, TypeError, ValueError):
+    try:
+        return models_table(read_json(PUBLISHED))
+    except (InputError, AttributeError, LookupError, TypeError, ValueError):
         raise InputError(f"{PUBLISHED} is not of this project; make publish writes it") from None
 
 
@@ -231,19 +231,14 @@ def fill(text, content):
     return re.sub(r"<!-- ([^>]+) (\.\d[f%]) -->[^<]*<!-- end -->", number, text)
 
 
-def read(path, maker):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"nothing to publish; {maker} writes {path}: {error}") from None
-
-
 def main():
-    content = publish(read(RUNS / "summary.json", "make lesson"))
+    if not (RUNS / "summary.json").exists():
+        raise InputError("there is nothing to publish yet; make lesson trains it")
+    content = publish(read_json(RUNS / "summary.json"))
     if (RUNS / "judge.json").exists():
-        content["judge"] = publish_judge(read(RUNS / "judge.json", "make judge"))
+        content["judge"] = publish_judge(read_json(RUNS / "judge.json"))
     else:
-        content["judge"] = read(PUBLISHED, "make judge")["judge"]
+        content["judge"] = read_json(PUBLISHED)["judge"]
     figures.draw_published(content, PUBLISHED.parent)
     text = fill(README.read_text(encoding="utf-8"), content)
     with replacing(PUBLISHED, README) as (published, readme):
