@@ -42,6 +42,16 @@ def test_no_measured_number_stands_outside_of_a_marker():
     assert set(re.findall(r"\d+\.\d+", text)) <= settings
 
 
+def test_make_and_the_readme_train_what_is_published():
+    """The offline runs with the learning rates that the lesson found best for them."""
+    makefile = (ROOT / "Makefile").read_text()
+    methods = json.loads(tables.PUBLISHED.read_text())["methods"]
+    for model, method in tables.MODELS.items():
+        flags = methods[method]["flags"]
+        assert f"FLAGS_{model} := {flags}\n" in makefile
+        assert f"python train_dpo.py {flags} --out runs/{model}.pt\n" in README
+
+
 def test_every_figure_and_file_exists():
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     for path in linked + re.findall(r"`([a-z_]+\.py)`", README):
