@@ -100,8 +100,8 @@ class Attention(nn.Module):
     def forward(self, x, packing, cache=None):
         """x (M, C), packed -> (M, C).
 
-        Padding at the left of a prompt has no key and no value but zero: there attention rests
-        where nothing else fits. Every prompt has some; else `100=` would be the one without.
+        Padding at the left of a prompt has no key and no value but zero, so a part of attention
+        can go to nothing. Every prompt has some; else `100=` would be the one without.
         `cache`, for generation, is a dict with the keys and values of the columns before x; those
         of x are added.
         """
