@@ -1,6 +1,6 @@
 # make           everything: .venv, SFT, three DPO runs, results and figures in plots/
 # make test      the linter and the tests
-# make lesson    every run behind the README's comparisons (hours; resumes where it stopped)
+# make lesson    the runs behind the README's comparisons (hours; resumes where it stopped)
 # make judge     the runs with a judge that errs (longer still)
 # make publish   the lesson, then plots/published.json and the README's numbers from both
 # make bench     how fast the scripts are on this machine

@@ -29,8 +29,8 @@ import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 from data import replacing, run_script  # noqa: E402
 from model import load_checkpoint  # noqa: E402
+from plots.tables import RUNS  # noqa: E402
 
-RUNS = Path("runs/lesson")
 SEEDS = (1, 2, 3, 4, 5)
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3")
 STEPS = "--steps 500 --batch-size 128"  # of every method

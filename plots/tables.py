@@ -22,7 +22,7 @@ from plots import figures  # noqa: E402
 
 PUBLISHED = ROOT / "plots" / "published.json"
 README = ROOT / "README.md"
-RUNS = Path("runs/lesson")
+RUNS = Path("runs/lesson")  # where plots/lesson.py leaves them
 MODELS = {"dpo_offline": "offline", "dpo_offline_nll": "offline + NLL"}  # and the default
 NEEDS = {
     "offline": "written answers",
