@@ -25,7 +25,7 @@ from data import collate, random_equations, seen_sums  # noqa: E402
 from model import GPT, GPTConfig, completion_logps, generate, load_checkpoint  # noqa: E402
 
 REPEATS = 3
-STEPS = 50  # of every run
+STEPS = 60  # of every run
 CORES = os.cpu_count()
 
 
