@@ -19,8 +19,8 @@ MODELS := sft dpo_offline dpo_offline_nll dpo
 
 # What sets each DPO run apart: runs/dpo.pt has the defaults, the others the steps of the lesson and
 # the learning rate that it found best for them.
-FLAGS_dpo_offline := --pairs offline --steps 500 --batch-size 128 --lr 1e-4
-FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1 --steps 500 --batch-size 128 --lr 3e-3
+FLAGS_dpo_offline := --pairs offline --steps 500 --batch-size 128 --lr 3e-4
+FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1 --steps 500 --batch-size 128 --lr 1e-3
 
 all: $(PLOTS)/results.json
 

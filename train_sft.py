@@ -28,7 +28,7 @@ VALIDATION_SIZE = 1000
 
 def parse_args(argv=None):
     parser = make_parser("Train a small Transformer on random equations.", [training_flags()])
-    parser.set_defaults(steps=4000, batch_size=256, lr=1.2e-2, out="runs/sft.pt")
+    parser.set_defaults(steps=4800, batch_size=256, lr=1.2e-2, out="runs/sft.pt")
     add = parser.add_argument
     add("--depth", type=positive_int, default=6, help="blocks")
     add("--width", type=positive_int, default=48, help="of the residual stream")
