@@ -87,8 +87,8 @@ def runs(tmp_path_factory):
     shape = ("--depth", 2, "--width", 16, "--heads", 2, "--max-sum", 20)
     sft = folder / "sft.pt"
     run(train_sft, *shape, "--steps", 210, "--batch-size", 64, "--out", sft)
-    dpo = ("--batch-size", 64, "--sft", sft, "--out")
-    run(train_dpo, *dpo, folder / "dpo.pt", "--steps", 12, "--lr", 2e-3)
+    dpo = ("--batch-size", 64, "--lr", 2e-3, "--sft", sft, "--out")
+    run(train_dpo, *dpo, folder / "dpo.pt", "--steps", 12)
     run(train_dpo, *dpo, folder / "dpo_offline.pt", "--steps", 6, "--pairs", "offline")
     return folder
 
@@ -666,13 +666,11 @@ def test_a_log_cut_short_is_used_up_to_there(runs, results, evaluation):
 
 def test_the_script_prints_marked_answers_and_a_table(evaluation, results):
     """Of each model some answers and its mistakes, then all of them side by side."""
-    marks = set()
     for name, result in results["models"].items():
         block = evaluation.split(f"{name}: some answers")[1].split("\n\n")[0]
         shown = [evaluate.mark(e, 3) for e in result["answers"] + result["mistakes"]]
         assert [line.strip() for line in block.splitlines()[1:]] == shown
-        marks |= {line[0] for line in shown}
-    assert "✓" in marks  # a model this small may have no preferred answer of its own
+        assert any(line.startswith("✓") for line in shown)
     exact = [f"{r['sampled']['all']['exact']:.3f}" for r in results["models"].values()]
     assert "|  | SFT | offline DPO | online DPO |" in evaluation
     assert f"| exact | {' | '.join(exact)} |" in evaluation
