@@ -73,6 +73,7 @@ def orthogonalise(x):
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         xx = x @ x.mT
+        # a x + (b xx + c xx xx) x, a product and the sum around it in one call
         x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return x
 
