@@ -102,15 +102,14 @@ class Attention(nn.Module):
 
         Padding at the left of a prompt has no key and no value but zero, so a part of attention
         can go to nothing. Every prompt has some; else `100=` would be the one without.
-        `cache`, for generation, is a dict with the keys and values of the columns before x; those
-        of x are added.
+        `cache`, for generation, is a list: empty, or the keys and values of the columns before x
+        as one tensor, to which those of x are added.
         """
-        q, k, v = packing.unpack(self.qkv(x), 3 * self.heads).chunk(3)  # each (H, B, T, D)
-        if cache:
-            k = torch.cat([cache["k"], k], dim=2)  # (H, B, S, D)
-            v = torch.cat([cache["v"], v], dim=2)
+        qkv = packing.unpack(self.qkv(x), 3 * self.heads)
+        q, k, v = qkv.chunk(3)  # each (H, B, T, D)
         if cache is not None:
-            cache["k"], cache["v"] = k, v
+            cache[:] = [torch.cat([*cache, qkv[self.heads :]], dim=2)]  # (2H, B, S, D)
+            k, v = cache[0].chunk(2)
         (T, D), S = q.shape[2:], k.shape[2]
         # Plain products: F.scaled_dot_product_attention is slower at these lengths, and so is
         # a softmax over the last axis; so keys come first.
@@ -166,9 +165,9 @@ class GPT(nn.Module):
     def forward(self, tokens, cache=None):
         """tokens (B, T) -> logits (B, T, V) for the token after each, zero at PAD.
 
-        `cache`: one dict a block, see `generate`; `tokens` then are the next columns.
+        `cache`: one list a block, see `generate`; `tokens` then are the next columns.
         """
-        past = cache[0]["k"].shape[2] if cache and cache[0] else 0
+        past = cache[0][0].shape[2] if cache and cache[0] else 0
         packing = Packing(tokens, self.config.heads, past)
         cells = packing.first[:, 0]
         x = self.token_embedding(tokens.flatten()[cells])  # (M, C)
@@ -209,7 +208,7 @@ def generate(model, prompts, greedy=False, generator=None):
     lengths = torch.full((len(prompts),), T, device=device)
 
     rows = torch.arange(len(prompts), device=device)  # those still growing
-    cache = [{} for _ in model.blocks]
+    cache = [[] for _ in model.blocks]
     new = tokens[:, :PROMPT_WIDTH]
     for t in range(PROMPT_WIDTH, T):
         logits = model(new, cache=cache)[:, -1]  # (rows, V)
@@ -224,10 +223,7 @@ def generate(model, prompts, greedy=False, generator=None):
         if len(going) < len(rows):
             lengths[rows[drawn == END]] = t + 1
             rows, drawn = rows[going], drawn[going]
-            cache = [
-                {name: kept.index_select(1, going) for name, kept in layer.items()}
-                for layer in cache
-            ]
+            cache = [[kept.index_select(1, going)] for (kept,) in cache]
         if len(rows) == 0:
             break
         new = drawn[:, None]
