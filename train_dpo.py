@@ -69,7 +69,7 @@ def dpo_loss(
 
 def parse_args(argv=None):
     parser = make_parser("Train the SFT model to prefer a number of terms.", [training_flags()])
-    parser.set_defaults(steps=500, batch_size=256, lr=3e-3, out="runs/dpo.pt")
+    parser.set_defaults(steps=500, batch_size=128, lr=3e-3, out="runs/dpo.pt")
     add = parser.add_argument
     add("--sft", default="runs/sft.pt", help="checkpoint to start from, and the reference")
     add("--preferred-terms", type=int, choices=TERM_COUNTS, default=3, help="to be preferred")

@@ -33,8 +33,7 @@ from plots.tables import RUNS  # noqa: E402
 
 SEEDS = (1, 2, 3, 4, 5)
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3")
-STEPS = "--steps 500 --batch-size 128"  # of every method
-METHODS = {  # name: flags, each tried with every rate
+METHODS = {  # name: flags, each tried with every rate; steps and batches are the default ones
     "imitation": ["--pairs offline --loss sft"],
     "offline": ["--pairs offline"],
     "offline + NLL": ["--pairs offline --nll-weight 1"],
@@ -46,10 +45,9 @@ METHODS = {  # name: flags, each tried with every rate
     "online + NLL": ["--pairs online --nll-weight 1"],
     "on-policy": ["--pairs on-policy"],
 }
-DEFAULT = "--pairs online"  # the default run of train_dpo.py
 EXERCISES = (
-    f"--pairs offline {STEPS} --lr 3e-3",
-    f"--pairs offline {STEPS} --lr 1e-3 --nll-weight 0.1",
+    "--pairs offline --lr 3e-3",
+    "--pairs offline --lr 1e-3 --nll-weight 0.1",
     "--pairs online --preferred-terms 5",
 )
 # With a judge that errs: pairs of the policy and of the SFT model, over beta. The rate of each is
@@ -115,14 +113,12 @@ def compare(pool):
     """All that is published of runs whose judge never errs."""
     sft = results("SFT", [pool.submit(run, "", seed) for seed in (0, *SEEDS)])
     methods = at_best_rates(pool)
-    default = [pool.submit(run, DEFAULT, seed) for seed in SEEDS]
     extra = {
         f"exercise {i}": [pool.submit(run, flags, SEEDS[0])]
         for i, flags in enumerate(EXERCISES, start=1)
     }
     return {
         "sft": sft[1:],
-        "default": results("default", default),
         "methods": methods,
         "extra": {name: results(name, futures) for name, futures in extra.items()},
         "frontier": frontier(sft[1:]),
@@ -132,7 +128,7 @@ def compare(pool):
 def at_best_rates(pool):
     """Every method at the best of the rates on seed 0, and its results over the other seeds."""
     tried = {
-        name: [f"{flags} {STEPS} --lr {rate}" for flags in variants for rate in RATES]
+        name: [f"{flags} --lr {rate}" for flags in variants for rate in RATES]
         for name, variants in METHODS.items()
     }
     grid = {

@@ -23,7 +23,7 @@ from plots import figures  # noqa: E402
 PUBLISHED = ROOT / "plots" / "published.json"
 README = ROOT / "README.md"
 RUNS = Path("runs/lesson")  # where plots/lesson.py leaves them
-MODELS = {"dpo_offline": "offline", "dpo_offline_nll": "offline + NLL"}  # and the default
+MODELS = {"dpo_offline": "offline", "dpo_offline_nll": "offline + NLL", "dpo": "online"}
 NEEDS = {
     "offline": "written answers",
     "online": "written answers, a judge",
@@ -72,9 +72,8 @@ def summarise(runs):
 
 def publish(summary):
     """The content of published.json, but for its runs with a judge that errs."""
-    runs = {"sft": summary["sft"], "dpo": summary["default"]}
+    runs = {"sft": summary["sft"]}
     runs |= {model: summary["methods"][name]["runs"] for model, name in MODELS.items()}
-    runs = {name: runs[name] for name in figures.in_order(runs)}
     methods = {}
     for name, method in summary["methods"].items():
         kl, share = METRICS["KL from SFT (nats)"], METRICS["preferred"]

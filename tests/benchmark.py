@@ -90,7 +90,7 @@ def main():
         log_of("train_sft.py", "--depth 4 --width 64", small)
         for name, path in (("default model", sft), ("4 x 64", small)):
             for pairs in ("offline", "online"):
-                flags = f"--pairs {pairs} --batch-size 128 --sft {path}"
+                flags = f"--pairs {pairs} --sft {path}"
                 show_rate(f"DPO, batch 128, {pairs}, {name}", "pairs", "train_dpo.py", flags, dpo)
         model, _ = load_checkpoint(sft)
     prompts = [f"{n}=" for n in range(5, 101)] * 10
