@@ -88,10 +88,10 @@ def main():
             name = f"SFT, batch 256, {processes} x {CORES // processes} threads"
             show_rate(name, "equations", "train_sft.py", "", sft, processes)
         log_of("train_sft.py", "--depth 4 --width 64", small)
-        for name, path in (("default model", sft), ("4 x 64", small)):
-            for pairs in ("offline", "online"):
-                flags = f"--pairs {pairs} --sft {path}"
-                show_rate(f"DPO, batch 128, {pairs}, {name}", "pairs", "train_dpo.py", flags, dpo)
+        default, other = ("default", sft), ("4 x 64", small)
+        for pairs, (name, path) in (("offline", default), ("online", default), ("offline", other)):
+            flags = f"--pairs {pairs} --sft {path}"
+            show_rate(f"DPO, {pairs}, {name} model", "pairs", "train_dpo.py", flags, dpo)
         model, _ = load_checkpoint(sft)
     prompts = [f"{n}=" for n in range(5, 101)] * 10
     seconds = median_time(lambda: generate(model, prompts), seconds=5)
