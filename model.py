@@ -102,14 +102,15 @@ class Attention(nn.Module):
 
         Padding at the left of a prompt has no key and no value but zero, so a part of attention
         can go to nothing. Every prompt has some; else `100=` would be the one without.
-        `cache`, for generation, is a list: empty, or the keys and values of the columns before x
-        as one tensor, to which those of x are added.
+        `cache`, for generation, is a dict: of each layer, the keys and values of the columns before
+        x as one tensor, to which those of x are added.
         """
         qkv = packing.unpack(self.qkv(x), 3 * self.heads)
         q, k, v = qkv.chunk(3)  # each (H, B, T, D)
         if cache is not None:
-            cache[:] = [torch.cat([*cache, qkv[self.heads :]], dim=2)]  # (2H, B, S, D)
-            k, v = cache[0].chunk(2)
+            new = qkv[self.heads :]  # (2H, B, T, D)
+            cache[self] = torch.cat([cache[self], new], dim=2) if self in cache else new
+            k, v = cache[self].chunk(2)  # each (H, B, S, D)
         (T, D), S = q.shape[2:], k.shape[2]
         # Plain products: F.scaled_dot_product_attention is slower at these lengths, and so is
         # a softmax over the last axis; so keys come first.
@@ -165,15 +166,15 @@ class GPT(nn.Module):
     def forward(self, tokens, cache=None):
         """tokens (B, T) -> logits (B, T, V) for the token after each, zero at PAD.
 
-        `cache`: one list a block, see `generate`; `tokens` then are the next columns.
+        `cache`: a dict, empty at first, see `generate`; `tokens` then are the next columns.
         """
-        past = cache[0][0].shape[2] if cache and cache[0] else 0
+        past = next(iter(cache.values())).shape[2] if cache else 0
         packing = Packing(tokens, self.config.heads, past)
         cells = packing.first[:, 0]
         x = self.token_embedding(tokens.flatten()[cells])  # (M, C)
         x = x + self.position_embedding(past + cells % tokens.shape[1])
-        for i, block in enumerate(self.blocks):
-            x = block(x, packing, cache[i] if cache else None)
+        for block in self.blocks:
+            x = block(x, packing, cache)
         return packing.unpack(self.head(self.norm(x)), 1)[0]
 
 
@@ -208,7 +209,7 @@ def generate(model, prompts, greedy=False, generator=None):
     lengths = torch.full((len(prompts),), T, device=device)
 
     rows = torch.arange(len(prompts), device=device)  # those still growing
-    cache = [[] for _ in model.blocks]
+    cache = {}
     new = tokens[:, :PROMPT_WIDTH]
     for t in range(PROMPT_WIDTH, T):
         logits = model(new, cache=cache)[:, -1]  # (rows, V)
@@ -223,7 +224,7 @@ def generate(model, prompts, greedy=False, generator=None):
         if len(going) < len(rows):
             lengths[rows[drawn == END]] = t + 1
             rows, drawn = rows[going], drawn[going]
-            cache = [[kept.index_select(1, going)] for (kept,) in cache]
+            cache = {layer: kept.index_select(1, going) for layer, kept in cache.items()}
         if len(rows) == 0:
             break
         new = drawn[:, None]
