@@ -88,8 +88,11 @@ def main():
             name = f"SFT, batch 256, {processes} x {CORES // processes} threads"
             show_rate(name, "equations", "train_sft.py", "", sft, processes)
         log_of("train_sft.py", "--depth 4 --width 64", small)
-        default, other = ("default", sft), ("4 x 64", small)
-        for pairs, (name, path) in (("offline", default), ("online", default), ("offline", other)):
+        for pairs, name, path in (
+            ("offline", "default", sft),
+            ("online", "default", sft),
+            ("offline", "4 x 64", small),
+        ):
             flags = f"--pairs {pairs} --sft {path}"
             show_rate(f"DPO, {pairs}, {name} model", "pairs", "train_dpo.py", flags, dpo)
         model, _ = load_checkpoint(sft)
