@@ -89,7 +89,7 @@ def chi_square(observed, expected):
     return sum((observed[key] - expected[key]) ** 2 / expected[key] for key in expected)
 
 
-def test_sums_and_term_counts_are_uniform():
+def test_sums_and_term_counts_are_uniform_and_independent():
     n = 60_000
     examples = data.random_equations(np.random.default_rng(1), n, data.seen_sums())
     parsed = [data.parse(prompt + completion) for prompt, completion in examples]
@@ -102,6 +102,10 @@ def test_sums_and_term_counts_are_uniform():
     sums = Counter(total for total, _ in parsed)
     assert set(sums) == set(data.seen_sums())
     assert chi_square(sums, {s: n / 86 for s in data.seen_sums()}) < 131.0  # 85 dof, p = 0.001
+
+    both = Counter((total, len(terms)) for total, terms in parsed)
+    every = product(sums, counts)
+    assert chi_square(both, {pair: n / 344 for pair in every}) < 429.7  # 343 dof, p = 0.001
 
 
 @pytest.mark.parametrize(
