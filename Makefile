@@ -1,79 +1,62 @@
-# make           everything: .venv, SFT, three DPO runs, results and figures in plots/
+# make           everything: .venv, SFT, three DPO runs, a table, and figures in plots/
+# make quick     the same with 20 steps each, in runs/quick: to see whether all works here
 # make test      the linter and the tests
-# make lesson    the runs behind the README's comparisons (hours; resumes where it stopped)
-# make judge     the runs with a judge that errs (longer still)
-# make publish   the lesson, then plots/published.json and the README's numbers from both
-# make bench     how fast the scripts are on this machine
-# make mutants   the tests on mutants of a clone of the last commit; lists those that pass (hours)
+# make lesson    the runs behind plots/RESULTS.md (an hour; resumes where it stopped)
+# make publish   the lesson, then the tables and figures of both pages
 # make clean     forget the trained models (.venv stays)
 
 PYTHON ?= python3
-BIN := .venv/bin
-
-# For a quick look, or a test of this file: make STEPS=20 SAMPLES=2 PLOTS=runs/plots
-STEPS :=
-SAMPLES := 100
+RUNS := runs
 PLOTS := plots
 
-MODELS := sft dpo_offline dpo_offline_nll dpo
-
-# What sets each DPO run apart: runs/dpo.pt has the defaults, the others the learning rate that the
-# lesson found best for them.
+# The rates are those that the lesson found best for each way to make pairs.
+FLAGS_dpo := --pairs mistakes --lr 3e-3
 FLAGS_dpo_offline := --pairs offline --lr 3e-4
 FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1 --lr 1e-3
 
-all: $(PLOTS)/results.json
+DPO := dpo_offline dpo_offline_nll dpo
+MODELS := $(RUNS)/sft.pt $(DPO:%=$(RUNS)/%.pt)
+
+all: $(RUNS)/evaluated
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; try: make PYTHON=python3.12"; exit 1; }
 	@echo "Installing PyTorch and three more packages into .venv, which takes a minute or more"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --progress-bar on --requirement requirements.txt
+	.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
-runs/sft.pt: train_sft.py model.py data.py | .venv/installed
-	$(BIN)/python train_sft.py $(STEPS:%=--steps %) --out $@
+$(RUNS)/sft.pt: train_sft.py model.py data.py | .venv/installed
+	.venv/bin/python train_sft.py $(STEPS) --out $@
 
-$(filter runs/dpo%,$(MODELS:%=runs/%.pt)): runs/%.pt: train_dpo.py runs/sft.pt
-	$(BIN)/python train_dpo.py $(FLAGS_$*) $(STEPS:%=--steps %) --out $@
+$(DPO:%=$(RUNS)/%.pt): $(RUNS)/%.pt: train_dpo.py $(RUNS)/sft.pt | .venv/installed
+	.venv/bin/python train_dpo.py $(FLAGS_$*) $(STEPS) --sft $(RUNS)/sft.pt --out $@
 
-$(PLOTS)/results.json: evaluate.py plots/figures.py plots/tables.py $(MODELS:%=runs/%.pt)
-	$(BIN)/python evaluate.py --samples $(SAMPLES) --plots-dir $(PLOTS) $(MODELS:%=runs/%.pt)
+$(RUNS)/evaluated: evaluate.py plots/figures.py plots/tables.py $(MODELS) | .venv/installed
+	.venv/bin/python evaluate.py $(SAMPLES) --sft $(RUNS)/sft.pt --plots-dir $(PLOTS) $(MODELS)
+	touch $@
+
+quick:
+	$(MAKE) RUNS=runs/quick PLOTS=runs/quick STEPS="--steps 20" SAMPLES="--samples 2"
 
 lesson: .venv/installed
-	$(BIN)/python plots/lesson.py
-
-judge: .venv/installed
-	$(BIN)/python plots/lesson.py --judge
+	.venv/bin/python -m plots.lesson
 
 publish: lesson
-	$(BIN)/python plots/tables.py
+	.venv/bin/python -m plots.tables
 
 .venv/tests-installed: tests/requirements.txt .venv/installed
-	$(BIN)/pip install --disable-pip-version-check --quiet --requirement tests/requirements.txt
+	.venv/bin/python -m pip install --disable-pip-version-check --quiet --requirement tests/requirements.txt
 	touch $@
 
 test: .venv/tests-installed
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest --quiet
-
-mutants: .venv/tests-installed
-	$(BIN)/pip install --disable-pip-version-check --quiet cosmic-ray==8.7.0
-	rm -rf runs/mutants && git clone --quiet . runs/mutants
-	cd runs/mutants && PATH="$(CURDIR)/$(BIN):$$PATH" && found=../mutants.sqlite && rm -f $$found && \
-		cosmic-ray init .cosmic-ray.toml $$found && \
-		cr-filter-operators $$found .cosmic-ray.toml && \
-		cosmic-ray exec .cosmic-ray.toml $$found && \
-		cr-report --surviving-only --show-diff $$found
-
-bench: .venv/installed
-	$(BIN)/python tests/benchmark.py
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m pytest --quiet
 
 clean:
 	rm -rf runs
 
 .DELETE_ON_ERROR:
-.SECONDARY:
-.PHONY: all lesson judge publish test mutants bench clean
+.PHONY: all quick lesson publish test clean

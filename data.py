@@ -1,32 +1,35 @@
-"""Random equations such as 43=10+30+3: the text, its tokens, and what is known exactly about it.
+"""Random equations such as 43=10+30+3: the generator, the parser, the metrics, the tokens.
 
-    python data.py                                      # a few equations
+    python data.py                                      # ten equations
     python data.py --pairs --count 1000 > pairs.jsonl   # a thousand preference pairs
 
-An equation is a prompt, `43=`, and a completion, `10+30+3`, closed by an end token. The sum N, the
-number of terms K and the terms are all drawn uniformly, so the probability of every equation has a
-closed form and no model's loss can fall below a known floor. Left out on purpose: operators other
-than `+`, terms of zero, files of training data. The scripts draw fresh equations as they train.
+An equation is a prompt, `43=`, and a completion, `10+30+3`, closed by an end token. The sum, the
+number of terms and the terms are drawn uniformly, so the probability of every equation is known. We
+left out operators other than `+`, terms of zero, and data files: training draws fresh equations.
 """
 
 import argparse
-import contextlib
+import atexit
 import json
 import math
 import os
 import re
-import signal
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
-# ---- vocabulary: one token per character, and two that are no character ----------------------
+# ---- tokens: one per character, and one for the end ------------------------------------------
 
 CHARACTERS = "0123456789+="
+EQUALS = CHARACTERS.index("=")
 END = len(CHARACTERS)  # closes every equation
-PAD = END + 1  # fills the left of short prompts and the right of short completions
-VOCAB_SIZE = PAD + 1
-SYMBOLS = CHARACTERS + "$ "  # how decode reads END and PAD
+VOCAB_SIZE = END + 1
+PAD = VOCAB_SIZE  # fills the right of short rows; the model has no input and no output for it
+CUT_OFF = "…"  # closes an answer that the model did not end
 
 
 def encode(text):
@@ -35,22 +38,43 @@ def encode(text):
 
 
 def decode(tokens):
-    """Text up to the first end token: [PAD, PAD, 9, 11, 4, 10, 5, END] -> "9=4+5".
+    """Text up to the end token: [4, 10, 5, END, PAD] -> "4+5", but [4, 10, 5, PAD] -> "4+5…"."""
+    if END in tokens:
+        return "".join(CHARACTERS[token] for token in tokens[: tokens.index(END)])
+    return "".join(CHARACTERS[token] for token in tokens if token != PAD) + CUT_OFF
 
-    Without an end token the text closes with an ellipsis, which no parser takes for an answer.
+
+def collate(examples):
+    """Examples (prompt, completion) as tokens (B, T) and a completion mask (B, T).
+
+    Every prompt starts in column 0, and padding is on the right. The mask is True on the completion
+    and its end token. It is made from positions, so it never mistakes a token for padding. A
+    completion that closes with an ellipsis was cut off and gets no end token.
+    [("9=", "4+5")] -> [[9, 11, 4, 10, 5, END]], [[False, False, True, True, True, True]]
     """
-    text, end, _ = "".join(SYMBOLS[token] for token in tokens).lstrip().partition("$")
-    return text if end else text.rstrip() + "…"
+    rows = []
+    for prompt, completion in examples:
+        row = encode(prompt + completion.removesuffix(CUT_OFF))
+        rows.append(row if completion.endswith(CUT_OFF) else row + [END])
+    B, T = len(rows), max(map(len, rows), default=2)
+    padded = [row + [PAD] * (T - len(row)) for row in rows]
+    starts = torch.tensor([len(prompt) for prompt, _ in examples])[:, None]  # (B, 1)
+    ends = torch.tensor([len(row) for row in rows])[:, None]  # (B, 1)
+    columns = torch.arange(T)
+    tokens = torch.tensor(padded, dtype=torch.long).view(B, T)
+    return tokens, (starts <= columns) & (columns < ends)
 
+
+# ---- answers and their metrics ---------------------------------------------------------------
 
 EQUATION = re.compile(r"([1-9][0-9]*)=([1-9][0-9]*(?:\+[1-9][0-9]*)*)")
 
 
 def parse(equation):
-    """The sum and the terms an equation names, right or wrong: "9=3+3+4" -> (9, [3, 3, 4]).
+    """The sum and the terms of an equation, right or wrong: "9=3+3+4" -> (9, [3, 3, 4]).
 
-    None where any part of the text is not of the form N=a1+a2+...+aK, with positive integers
-    written without leading zeros and K >= 1.
+    None if any part of the text is not of the form N=a1+a2+...+aK, with K >= 1 and positive
+    integers without leading zeros.
     """
     match = EQUATION.fullmatch(equation)
     if match is None:
@@ -59,32 +83,59 @@ def parse(equation):
 
 
 def is_exact(equation):
-    """Whether an answer is an equation, and its terms add up."""
+    """Whether the text is an equation whose terms add up."""
     n, terms = parse(equation) or (1, [])
     return n == sum(terms)
 
 
 def is_preferred(equation, preferred_terms):
-    """Whether an answer is what we want: right, and of the preferred number of terms."""
+    """Whether an answer is what we want: exact, and of the preferred number of terms."""
     return is_exact(equation) and equation.count("+") == preferred_terms - 1
+
+
+def measure(equations, preferred_terms):
+    """Metrics of answers such as "9=3+3+3".
+
+    All are shares of the n answers (counts and exact_counts by number of terms), but mae: the mean
+    |N - sum of terms| of the answers that parse, or None if none does.
+    """
+    results = list(map(parse, equations))
+    parsed = [result for result in results if result]
+    errors = [abs(n - sum(terms)) for n, terms in parsed]
+    counts = Counter(len(terms) for _, terms in parsed)
+    exact_counts = Counter(len(terms) for n, terms in parsed if n == sum(terms))
+    n = len(results)
+    return {
+        "n": n,
+        "parse_rate": len(parsed) / n,
+        "mae": sum(errors) / len(errors) if errors else None,
+        "exact": errors.count(0) / n,
+        "preferred": exact_counts[preferred_terms] / n,
+        "counts": {str(k): counts[k] / n for k in sorted(counts)},
+        "exact_counts": {str(k): exact_counts[k] / n for k in sorted(exact_counts)},
+    }
+
+
+def mark(equation, preferred_terms):
+    """An answer to look at: right, right with other terms, off by some amount, or no equation."""
+    n, terms = parse(equation) or (0, [])
+    if not terms:
+        return f"✗ {equation} (no equation)"
+    if sum(terms) != n:
+        return f"✗ {equation} (off by {sum(terms) - n:+d})"
+    return f"✓ {equation}" + ("" if len(terms) == preferred_terms else f" ({len(terms)} terms)")
 
 
 # ---- the task: which sums, how many terms, how likely ----------------------------------------
 
-MIN_SUM = 5  # the least sum that still splits into five positive terms
+MIN_SUM = 5  # the least sum that can be split into five positive terms
 DEFAULT_MAX_SUM = 100
 TERM_COUNTS = (2, 3, 4, 5)
-HELD_OUT = 10  # so many sums stay out of all training data
 
 
 def held_out_sums(max_sum=DEFAULT_MAX_SUM):
-    """Ten sums, one in each of ten equal slices of the range: 11, 20, 30, ..., 87, 96.
-
-    A little past the middles, since a middle would be 10, and 10 is like no other sum: it has two
-    digits, and none of its terms can. Its neighbours do not teach it.
-    """
-    slice_width = (max_sum - MIN_SUM) / HELD_OUT
-    return [round(MIN_SUM + slice_width * (i + 0.6)) for i in range(HELD_OUT)]
+    """Ten sums that never occur in training, spread over the range: 11, 20, 30, ..., 87, 96."""
+    return [round(MIN_SUM + (max_sum - MIN_SUM) * (i + 0.6) / 10) for i in range(10)]
 
 
 def seen_sums(max_sum=DEFAULT_MAX_SUM):
@@ -92,36 +143,24 @@ def seen_sums(max_sum=DEFAULT_MAX_SUM):
     return np.setdiff1d(np.arange(MIN_SUM, max_sum + 1), held_out_sums(max_sum))
 
 
-def equation_nats(n, k):
-    """-log p(completion | N) in nats under the generator, for any completion of N with K terms.
+def shown_prompts(max_sum=DEFAULT_MAX_SUM):
+    """The prompts whose answers the scripts print: 100=, 57= and 43=, or their like."""
+    return [f"{round(share * max_sum)}=" for share in (1, 0.57, 0.43)]
 
-    K is one of 4 and the composition one of C(N-1, K-1), each equally likely.
+
+def entropy_floor(equations):
+    """Mean -log p of equations under the generator, given their sums, in nats.
+
+    No model can have a lower loss on them. A completion of N with K terms has the probability
+    1 / (4 C(N-1, K-1)); the mean is 9.179 nats over 5..100, and 9.163 over the sums of training.
     """
-    return math.log(len(TERM_COUNTS)) + math.log(math.comb(n - 1, k - 1))
-
-
-def entropy_floor(sums):
-    """Mean nats per equation that no model can go below, for sums drawn uniformly from `sums`.
-
-    H = log 4 + mean over N and K of log C(N-1, K-1): 9.18 nats for N = 5..100.
-    """
-    return float(np.mean([equation_nats(int(n), k) for n in sums for k in TERM_COUNTS]))
-
-
-def nats_per_equation(examples):
-    """Mean surprise of examples (prompt, completion) under the generator, in nats.
-
-    The floor for just these: subtracted from a model's loss on them it leaves the gap to the
-    entropy floor, with far less noise than the floor of all equations would.
-    """
-    parsed = [parse(prompt + completion) for prompt, completion in examples]
-    return float(np.mean([equation_nats(n, len(terms)) for n, terms in parsed]))
+    kinds = [(n, len(terms)) for n, terms in map(parse, equations)]
+    return float(np.mean([math.log(4 * math.comb(n - 1, k - 1)) for n, k in kinds]))
 
 
 def longest_completion(max_sum=DEFAULT_MAX_SUM):
-    """Characters that no completion exceeds: 14 up to a sum of 100."""
-    most = TERM_COUNTS[-1]
-    return most * len(str(max_sum - most + 1)) + most - 1  # digits, and plus signs between
+    """Characters of the longest completion: 14 for a sum of 100."""
+    return 5 * len(str(max_sum - 4)) + 4  # five terms and the plus signs between
 
 
 # ---- the generator ---------------------------------------------------------------------------
@@ -130,8 +169,8 @@ def longest_completion(max_sum=DEFAULT_MAX_SUM):
 def compositions(rng, sums, counts):
     """Completions for `sums` (B,) with `counts` (B,) terms, uniform over all C(N-1, K-1) of each.
 
-    A composition of N into K positive terms is a choice of K-1 cut points among 1..N-1: here those
-    with the smallest of N-1 random keys. [43], [3] -> ["10+30+3"], say.
+    A composition of N into K positive terms is a choice of K-1 cut points among 1..N-1. We take
+    those with the smallest of N-1 random keys. [43], [3] -> ["10+30+3"], for example.
     """
     sums, counts = np.asarray(sums)[:, None], np.asarray(counts)[:, None]  # (B, 1)
     most_cuts = TERM_COUNTS[-1] - 1
@@ -154,7 +193,7 @@ def random_equations(rng, count, sums):
 def random_pairs(rng, count, sums, preferred_terms):
     """`count` pairs (prompt, chosen, rejected) of right answers to sums drawn from `sums`.
 
-    Chosen has `preferred_terms` terms; rejected has another count of 2..5, all equally likely.
+    Chosen has `preferred_terms` terms. Rejected has another count of 2..5, all equally likely.
     """
     sums = rng.choice(sums, count)
     others = [k for k in TERM_COUNTS if k != preferred_terms]
@@ -163,178 +202,140 @@ def random_pairs(rng, count, sums, preferred_terms):
     return [(f"{n}=", c, r) for n, c, r in zip(sums, chosen, rejected)]
 
 
-# ---- batches and pairs files -----------------------------------------------------------------
+def shuffled_forever(rng, items):
+    """The items in random order, then all of them again in another order, and so on."""
+    while True:
+        for i in rng.permutation(len(items)):
+            yield items[i]
 
-PROMPT_WIDTH = 5  # columns of every prompt: padding, up to three digits, the equals sign
+
+# ---- files of pairs --------------------------------------------------------------------------
 
 
-def collate(examples):
-    """Examples (prompt, completion) as tokens (B, T) and a completion mask (B, T).
+def read_pairs(path, max_sum):
+    """Pairs from a file of JSON lines {"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}.
 
-    Prompts end and completions begin in the same column for all, whatever the number of digits:
-    a token's column is its distance from the equals sign. The mask is True on the completion and
-    its end token; it is made from positions, so it never mistakes a token for padding.
-    [("9=", "4+5")] -> [[PAD, PAD, PAD, 9, 11, 4, 10, 5, END]], [[False] * 5 + [True] * 4]
+    Raises InputError, with file and line, for what no model up to `max_sum` could learn from. Warns
+    of sums that such a model was not trained on.
     """
-    import torch  # here alone: tables, figures and the command line below do without
-
-    firsts = PROMPT_WIDTH - np.array([len(prompt) for prompt, _ in examples], int)[:, None]
-    ends = PROMPT_WIDTH + np.array([len(completion) for _, completion in examples], int)[:, None]
-    columns = np.arange(ends.max(initial=PROMPT_WIDTH) + 1)
-    tokens = np.full((len(examples), len(columns)), PAD)
-    text = "".join(prompt + completion for prompt, completion in examples)
-    tokens[(firsts <= columns) & (columns < ends)] = encode(text)
-    tokens[columns == ends] = END
-    mask = (PROMPT_WIDTH <= columns) & (columns <= ends)
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
-
-
-def read_pairs(path, longest):
-    """Pairs (prompt, chosen, rejected) from a file of JSON lines with exactly these keys.
-
-    Raises InputError, naming file and line, for anything that a model with room for completions of
-    `longest` characters could not be trained on.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the pairs file {path}: {error}") from None
-    if not lines:
-        raise InputError(f"{path} holds no pair; data.py --pairs > {path} writes some")
-    pairs = []
-    for number, line in enumerate(lines, start=1):
+    if not os.path.isfile(path):
+        raise InputError(f"--pairs {path} is not a file, nor a source that --help names")
+    content, pairs = Path(path).read_bytes(), []
+    text = content.decode(json.detect_encoding(content), "replace")
+    for i, line in enumerate(text.splitlines(), start=1):
         try:
-            pairs.append(parse_pair(line, longest))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
+            if line.strip():
+                pairs.append(parse_pair(line, longest_completion(max_sum)))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"{path}, line {i} is not a usable pair: {error}") from None
+    if not pairs:
+        raise InputError(f"{path} holds no pair; data.py --pairs > {path} writes some")
+    unseen = {int(prompt[:-1]) for prompt, _, _ in pairs} - set(seen_sums(max_sum).tolist())
+    if unseen:
+        print(f"Warning: {path} has sums that SFT was not trained on: {sorted(unseen)}")
     return pairs
 
 
 def parse_pair(line, longest):
-    """One line of a pairs file as (prompt, chosen, rejected), or a ValueError that says why not."""
+    """One line of a file as (prompt, chosen, rejected), or a ValueError that says why not."""
     pair = json.loads(line)
-    if not isinstance(pair, dict) or set(pair) != {"prompt", "chosen", "rejected"}:
-        raise ValueError("a pair is an object with exactly the keys prompt, chosen, rejected")
-    if not all(isinstance(text, str) for text in pair.values()):
-        raise ValueError("prompt, chosen and rejected must be strings")
-    if not re.fullmatch(r"[1-9][0-9]{0,2}=", pair["prompt"]):
-        raise ValueError(f"prompt must be a sum up to 999 and =, not {pair['prompt']!r}")
-    for side in ("chosen", "rejected"):
-        if not re.fullmatch(f"[{CHARACTERS}]{{0,{longest}}}", pair[side]):
-            raise ValueError(
-                f"{side} must be at most {longest} characters of {CHARACTERS}, not {pair[side]!r}"
-            )
-    return pair["prompt"], pair["chosen"], pair["rejected"]
+    prompt, chosen, rejected = (pair[key] for key in ("prompt", "chosen", "rejected"))
+    if not re.fullmatch(r"[1-9][0-9]{0,2}=", prompt):
+        raise ValueError(f"the prompt must be a sum up to 999 and =, not {prompt!r}")
+    if not all(re.fullmatch(f"[0-9+]{{0,{longest}}}", side) for side in (chosen, rejected)):
+        raise ValueError(f"an answer must be at most {longest} digits and +, without the prompt")
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same")
+    return prompt, chosen, rejected
 
 
 # ---- what the scripts share: flags, errors in one line, files never half-written --------------
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available()
 
 
 class InputError(Exception):
     """Input that cannot be used. The message is one line: what is wrong and what to do."""
 
 
-def read_json(path):
-    """What a JSON file holds, or InputError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+def number(kind, low, high=1_000_000_000):
+    """An argparse type: an int or a float from `low` to `high`."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
+        return value
+
+    return convert
 
 
-def positive_int(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def positive_float(text):
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-def seed(text):
-    if not 0 <= int(text) < 2**32:
-        raise ValueError
-    return int(text)
-
-
-def max_sum(text):
-    if not 20 <= int(text) <= 999:
-        raise argparse.ArgumentTypeError(f"{text} is not from 20 to 999")
-    return int(text)
-
-
-def make_parser(description, parents=()):
+def make_parser(description):
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=description, parents=parents, formatter_class=formatter
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="of all that is random")
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
     return parser
 
 
-def training_flags():
-    """The flags that both training scripts have; each sets its own defaults."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add = parser.add_argument
-    add("--steps", type=positive_int, help="updates of the weights")
-    add("--batch-size", type=positive_int, help="prompts a step")
-    add("--lr", type=positive_float, help="highest learning rate")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
-    add("--out", help="checkpoint to write; its log goes beside it, as .jsonl")
-    return parser
+def check_writable(*paths):
+    """Finds out before any work whether atomic_write can write the paths; makes their folders."""
+    for path in paths:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
+            raise InputError(f"cannot write {path!r}: it is a folder or a device")
+        Path(f"{path}.tmp").touch()
+        os.remove(f"{path}.tmp")
+
+
+def atomic_write(path, content):
+    """Writes bytes to a temporary file, which then replaces `path`."""
+    Path(f"{path}.tmp").write_bytes(content)
+    os.replace(f"{path}.tmp", path)
+
+
+def log_path(checkpoint_path):
+    """runs/sft.pt -> runs/sft.jsonl"""
+    return checkpoint_path.removesuffix(".pt") + ".jsonl"
 
 
 def run_script(main):
-    """Runs a script: bad input ends in one line and status 2, Ctrl-C and SIGTERM without fuss."""
-    name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Runs a script: bad input ends in one line and exit status 2, Ctrl-C without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that has no ✓ shows ?
     try:
         main()
         sys.stdout.flush()
-    except InputError as error:
-        process = "" if rank is None else f" in process {rank}"
-        print(f"{name}: error{process}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has left: `data.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-@contextlib.contextmanager
-def replacing(*paths, keep=True):
-    """Temporary binary files beside `paths`, which replace them together if the block ends well.
+def join_processes():
+    """The rank and the world size of this process: (0, 1), unless torchrun started several."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size()
 
-    With `keep` off, in all processes of a run but the first, what is written goes nowhere.
-    """
-    temporary = [f"{path}.{os.getpid()}.tmp" if keep else os.devnull for path in paths]
-    try:
-        with contextlib.ExitStack() as stack:
-            if len(set(map(str, paths))) < len(paths):
-                raise OSError("the log would have the same name")
-            for path in paths:
-                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-                if os.path.exists(path) and not os.path.isfile(path):
-                    raise OSError(f"{path} is a folder or a device")
-            files = [stack.enter_context(open(name, "wb")) for name in temporary]
-            yield files
-            for file in files if keep else []:
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in zip(temporary, paths) if keep else []:
-            os.replace(name, path)
-    except OSError as error:
-        raise InputError(f"cannot write {' or '.join(map(str, paths))}: {error}") from None
-    finally:
-        for name in temporary if keep else []:
-            with contextlib.suppress(OSError):
-                os.remove(name)  # still there only if the block failed
+
+def add_up(tensors):
+    """Replaces each tensor by its sum over all processes; with one process, leaves them."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
 
 
 # ---- command line ----------------------------------------------------------------------------
@@ -343,8 +344,8 @@ def replacing(*paths, keep=True):
 def parse_args(argv=None):
     parser = make_parser("Print random equations, or preference pairs.")
     add = parser.add_argument
-    add("--count", type=positive_int, default=10, help="how many")
-    add("--max-sum", type=max_sum, default=DEFAULT_MAX_SUM, help="largest sum")
+    add("--count", type=number(int, 1, 100_000), default=10, help="how many")
+    add("--max-sum", type=number(int, 20, 999), default=DEFAULT_MAX_SUM, help="largest sum")
     add("--pairs", action="store_true", help="JSON lines {prompt, chosen, rejected}")
     add("--preferred-terms", type=int, choices=TERM_COUNTS, default=3, help="of the chosen side")
     return parser.parse_args(argv)
@@ -352,14 +353,12 @@ def parse_args(argv=None):
 
 def main(args):
     rng, sums = np.random.default_rng(args.seed), seen_sums(args.max_sum)
-    for start in range(0, args.count, 1000):
-        count = min(1000, args.count - start)
-        if args.pairs:
-            for pair in random_pairs(rng, count, sums, args.preferred_terms):
-                print(json.dumps(dict(zip(("prompt", "chosen", "rejected"), pair))))
-        else:
-            for prompt, completion in random_equations(rng, count, sums):
-                print(prompt + completion)
+    if args.pairs:
+        for pair in random_pairs(rng, args.count, sums, args.preferred_terms):
+            print(json.dumps(dict(zip(("prompt", "chosen", "rejected"), pair))))
+    else:
+        for prompt, completion in random_equations(rng, args.count, sums):
+            print(prompt + completion)
 
 
 if __name__ == "__main__":

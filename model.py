@@ -2,33 +2,30 @@
 
     from model import generate, load_checkpoint
     model, args = load_checkpoint("runs/sft.pt")
-    tokens, completion_mask = generate(model, ["43=", "100="])
+    print(generate(model, ["43=", "100="]))
 
 Symbols, here and in the other files:
-    B  sequences in a batch          V  vocabulary size
-    T  columns, padding included     H  attention heads
-    C  width of the residual stream  D  width of a head, C / H
-    M  distinct prefixes in a batch  U  cells of its grid (B, T) that hold a token
-Left out on purpose: dropout (every batch is fresh, nothing can be overfitted), biases in the
-linear layers, anything for texts longer than one equation.
+    B  sequences in a batch          H  attention heads
+    T  columns, padding included     C  width of the residual stream
+    S  columns that attention sees   D  width of a head, C / H
+    V  vocabulary size               U  cells of the grid (B, T) that hold a token, row by row
+We left out dropout (every batch is fresh, so nothing can be overfitted), biases in the linear
+layers, and anything for texts longer than one equation.
 """
 
-import atexit
-import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import io
 import json
-import os
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import CHARACTERS, DEFAULT_MAX_SUM, END, PAD, PROMPT_WIDTH, VOCAB_SIZE, InputError
-from data import collate, longest_completion
+from data import CUT_OFF, DEFAULT_MAX_SUM, END, EQUALS, PAD, VOCAB_SIZE, InputError
+from data import atomic_write, collate, decode, log_path, longest_completion
+
+PROMPT_WIDTH = 4  # positions of a prompt: three digits and the equals sign
 
 
 @dataclasses.dataclass
@@ -36,54 +33,12 @@ class GPTConfig:
     depth: int = 6
     width: int = 48
     heads: int = 4
-    max_sum: int = DEFAULT_MAX_SUM  # the largest sum of the task it is trained on
-    vocabulary: str = CHARACTERS
+    max_sum: int = DEFAULT_MAX_SUM
 
     @property
     def block_size(self):
-        """Columns the model has: room for the longest equation and one stray term beyond it."""
+        """Positions: those of a prompt, of the longest completion, one stray term and the end."""
         return PROMPT_WIDTH + longest_completion(self.max_sum) + len(f"+{self.max_sum}") + 1
-
-
-class Packing:
-    """The M distinct prefixes of a batch, a row each. Only attention needs their grid (B, T) back.
-
-    A causal model has the same values wherever the tokens up to there are the same. So prompts and
-    first digits that equations share are computed once, and padding never: a forward and backward
-    pass takes six tenths of the time of one over every cell of the grid.
-    "9=4+5", "9=3+6" -> 8 rows for 10 tokens, as "9" and "9=" are shared
-    """
-
-    def __init__(self, tokens, heads, past=0):
-        """tokens (B, T). After `past` columns, which are not seen here, every prefix is its own."""
-        B, T = self.shape = tokens.shape
-        cells = torch.arange(B * T, device=tokens.device)
-        prefixes = cells.view(B, T).clone()  # a number for each, equal where they are
-        if past == 0:
-            # Up to 16 tokens as one number, exact in 64 bits; longer prefixes are seldom equal.
-            powers = (PAD + 2) ** torch.arange(min(T, 16), device=tokens.device)
-            prefixes[:, :16] = -((tokens[:, :16] + 1) * powers).cumsum(1)
-        used = (tokens != PAD).flatten()
-        cells = cells[used]  # (U,) that hold a token
-        distinct, self.source = prefixes.flatten()[used].unique(return_inverse=True)  # (M,), (U,)
-        first = cells.new_empty(len(distinct)).scatter_(0, self.source, cells)  # any of the equal
-        starts = B * T * torch.arange(3 * heads, device=tokens.device)  # of grids (3H, B, T)
-        self.cells = cells[:, None] + starts  # (U, 3H)
-        self.first = first[:, None] + starts[:heads]  # (M, H)
-
-    def unpack(self, x, heads):
-        """(M, heads * D) -> (heads, B, T, D), zero where there is no token"""
-        (B, T), D = self.shape, x.shape[1] // heads
-        rows = x.index_select(0, self.source).view(-1, D)  # (U * heads, D)
-        grid = x.new_zeros(heads * B * T, D)
-        grid.index_copy_(0, self.cells[:, :heads].flatten(), rows)
-        return grid.view(heads, B, T, D)
-
-    def pack(self, grid):
-        """(H, B, T, D) -> (M, H * D)"""
-        H, D = grid.shape[0], grid.shape[3]
-        rows = grid.flatten(0, 2).index_select(0, self.first.flatten())  # (M * H, D)
-        return rows.view(-1, H * D)
 
 
 class Attention(nn.Module):
@@ -94,41 +49,38 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
-        later = torch.full((config.block_size, config.block_size), -torch.inf).tril(-1)
-        self.register_buffer("later", later, persistent=False)
+        causal_mask = torch.full([config.block_size] * 2, -torch.inf).triu(1)
+        self.register_buffer("causal_mask", causal_mask, persistent=False)
 
-    def forward(self, x, packing, cache=None):
-        """x (M, C), packed -> (M, C).
+    def forward(self, x, used, shape, past=None):
+        """x (U, C), the cells `used` (U,) of a grid of `shape` (B, T) -> (U, C), keys and values.
 
-        Padding at the left of a prompt has no key and no value but zero, so a part of attention
-        can go to nothing. Every prompt has some; else `100=` would be the one without.
-        `cache`, for generation, is a dict: of each layer, the keys and values of the columns before
-        x as one tensor, to which those of x are added.
+        Padding comes after all tokens of its row, so the causal mask hides it from them. `past` are
+        the keys and values, (B, H, S - T, D) each, of the columns before these.
         """
-        qkv = packing.unpack(self.qkv(x), 3 * self.heads)
-        q, k, v = qkv.chunk(3)  # each (H, B, T, D)
-        if cache is not None:
-            new = qkv[self.heads :]  # (2H, B, T, D)
-            cache[self] = torch.cat([cache[self], new], dim=2) if self in cache else new
-            k, v = cache[self].chunk(2)  # each (H, B, S, D)
-        (T, D), S = q.shape[2:], k.shape[2]
-        # Plain products: F.scaled_dot_product_attention is slower at these lengths, and so is
-        # a softmax over the last axis; so keys come first.
-        scores = k @ q.mT * D**-0.5 + self.later[:S, S - T : S]  # (H, B, S, T)
-        y = scores.softmax(2).mT @ v  # (H, B, T, D)
-        return self.out(packing.pack(y))
+        (B, T), C, H = shape, x.shape[1], self.heads
+        grid = x.new_zeros(B * T, 3 * C).index_copy(0, used, self.qkv(x))  # (B * T, 3C)
+        q, k, v = grid.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, H, S, D)
+        S = k.shape[2]
+        scores = q @ k.mT * (C // H) ** -0.5 + self.causal_mask[S - T : S, :S]  # (B, H, T, S)
+        y = scores.softmax(-1) @ v  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B * T, C).index_select(0, used)  # (U, C)
+        return self.out(y), (k, v)
 
 
 class MLP(nn.Module):
-    """Two layers with a squared ReLU between (arXiv 2109.08668)."""
+    """The product of two linear maps, and a third one (bilinear, arXiv 2002.05202)."""
 
     def __init__(self, config):
         super().__init__()
-        self.inner = nn.Linear(config.width, 4 * config.width, bias=False)
-        self.out = nn.Linear(4 * config.width, config.width, bias=False)
+        self.inner = nn.Linear(config.width, 2 * (8 * config.width // 3), bias=False)
+        self.out = nn.Linear(8 * config.width // 3, config.width, bias=False)
 
     def forward(self, x):
-        return self.out(F.relu(self.inner(x)).square())
+        left, right = self.inner(x).chunk(2, dim=-1)
+        return self.out(left * right)
 
 
 class Block(nn.Module):
@@ -141,9 +93,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x, packing, cache=None):
-        x = x + self.attention(self.norm1(x), packing, cache)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, used, shape, past=None):
+        y, kv = self.attention(self.norm1(x), used, shape, past)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), kv
 
 
 class GPT(nn.Module):
@@ -163,177 +116,97 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.out.weight)
 
-    def forward(self, tokens, cache=None):
-        """tokens (B, T) -> logits (B, T, V) for the token after each, zero at PAD.
+    def forward(self, tokens, positions=None, cache=None):
+        """tokens (B, T) -> logits (B, T, V) for the token after each, zero at padding.
 
-        `cache`: a dict, empty at first, see `generate`; `tokens` then are the next columns.
+        In generation `tokens` are the next columns, `positions` (B, T) are theirs, and `cache` is a
+        list with an entry a block, at first None: the keys and values of earlier columns.
         """
-        past = next(iter(cache.values())).shape[2] if cache else 0
-        packing = Packing(tokens, self.config.heads, past)
-        cells = packing.first[:, 0]
-        x = self.token_embedding(tokens.flatten()[cells])  # (M, C)
-        x = x + self.position_embedding(past + cells % tokens.shape[1])
-        for block in self.blocks:
-            x = block(x, packing, cache)
-        return packing.unpack(self.head(self.norm(x)), 1)[0]
+        positions = positions_of(tokens) if positions is None else positions
+        cache = cache or [None] * len(self.blocks)
+        used = (tokens != PAD).flatten().nonzero()[:, 0]  # (U,): padding never enters the blocks
+        x = self.token_embedding(tokens.flatten()[used])  # (U, C)
+        x = x + self.position_embedding(positions.flatten()[used])
+        for i, block in enumerate(self.blocks):
+            x, cache[i] = block(x, used, tokens.shape, cache[i])
+        logits = self.head(self.norm(x))  # (U, V)
+        grid = logits.new_zeros(tokens.numel(), VOCAB_SIZE).index_copy(0, used, logits)
+        return grid.view(*tokens.shape, VOCAB_SIZE)
 
 
-def token_logps(model, tokens, completion_mask):
-    """Log-probability of each completion token given those before it, in nats: (B, T - 1).
-
-    tokens (B, T), completion_mask (B, T); column t is for token t + 1. Zero off the completion.
-    """
-    targets, mask = tokens[:, 1:], completion_mask[:, 1:]  # (B, T - 1)
-    needed = mask.flip(1).cumsum(1).flip(1) > 0  # the inputs that a completion token comes after
-    logits = model(tokens[:, :-1].where(needed, PAD))  # (B, T - 1, V)
-    logps = -F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    return logps * mask
+def positions_of(tokens):
+    """(B, T) -> (B, T): distances from the first equals sign, whose own position is 3."""
+    equals = (tokens == EQUALS).int().argmax(1, keepdim=True)  # (B, 1), the first if several
+    return torch.arange(tokens.shape[1], device=tokens.device) - equals + PROMPT_WIDTH - 1
 
 
 def completion_logps(model, tokens, completion_mask):
-    """Summed log-probability of each completion, log pi(y|x) in nats: (B,)."""
-    return token_logps(model, tokens, completion_mask).sum(1)
+    """Summed log-probability of each completion, log pi(y|x) in nats: (B,).
+
+    tokens (B, T), completion_mask (B, T).
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T - 1)
+    inputs = inputs.masked_fill(targets == PAD, PAD)  # nothing comes after the last token
+    targets = targets.masked_fill(~completion_mask[:, 1:], PAD)
+    logits = model(inputs).flatten(0, 1)  # (B * (T - 1), V)
+    nats = F.cross_entropy(logits, targets.flatten(), ignore_index=PAD, reduction="none")
+    return -nats.view_as(targets).sum(1)  # (B,)
 
 
 @torch.no_grad()
 def generate(model, prompts, greedy=False, generator=None):
-    """Completions of `prompts` (strings): tokens (B, T) and completion mask (B, T).
+    """Completions (strings) of `prompts`; one that the model did not end closes with an ellipsis.
 
-    Greedy, or sampled at temperature 1 with a torch `generator` of the model's device. The batch
-    grows by a column at a time. A row that ended is dropped from it; one that has not ended when
-    the model's columns are used up stays without an end token.
+    Greedy, or sampled at temperature 1 with a torch `generator`. The batch grows by a column at a
+    time: of a prompt while it has characters, of the answer then. A row that has ended leaves it.
     """
-    device, T = model.head.weight.device, model.config.block_size
-    tokens = torch.full((len(prompts), T), PAD, device=device)
-    tokens[:, :PROMPT_WIDTH] = collate([(prompt, "") for prompt in prompts])[0][:, :PROMPT_WIDTH]
-    lengths = torch.full((len(prompts),), T, device=device)
-
-    rows = torch.arange(len(prompts), device=device)  # those still growing
-    cache = {}
-    new = tokens[:, :PROMPT_WIDTH]
-    for t in range(PROMPT_WIDTH, T):
-        logits = model(new, cache=cache)[:, -1]  # (rows, V)
+    device, longest = model.head.weight.device, model.config.block_size - PROMPT_WIDTH
+    tokens, _ = collate([(prompt, CUT_OFF) for prompt in prompts])
+    tokens = F.pad(tokens.to(device), (0, longest), value=PAD)  # (B, T)
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    alive = torch.arange(len(prompts), device=device)  # (A,) rows that still grow
+    positions, cache, done = positions_of(tokens), [None] * len(model.blocks), 0
+    for t in range(min(map(len, prompts), default=0), tokens.shape[1]):
+        if len(alive) == 0:
+            break
+        logits = model(tokens[alive, done:t], positions[alive, done:t], cache)[:, -1]  # (A, V)
+        done = t
         if greedy:
             drawn = logits.argmax(1)
         else:
-            # A diverged model still answers, with noise.
-            probabilities = logits.softmax(1).nan_to_num(1)
+            probabilities = logits.softmax(1).nan_to_num(1)  # a diverged model answers with noise
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        tokens[rows, t] = drawn
-        going = (drawn != END).nonzero()[:, 0]
-        if len(going) < len(rows):
-            lengths[rows[drawn == END]] = t + 1
-            rows, drawn = rows[going], drawn[going]
-            cache = {layer: kept.index_select(1, going) for layer, kept in cache.items()}
-        if len(rows) == 0:
-            break
-        new = drawn[:, None]
-
-    columns = torch.arange(max(lengths.tolist(), default=PROMPT_WIDTH), device=device)
-    mask = (columns >= PROMPT_WIDTH) & (columns < lengths[:, None])
-    return tokens[:, : len(columns)], mask
+        tokens[alive, t] = drawn = drawn.where(t >= starts[alive], tokens[alive, t])
+        growing = ((drawn != END) & (t + 1 < starts[alive] + longest)).nonzero()[:, 0]
+        alive = alive[growing]
+        cache = [(k[growing], v[growing]) for k, v in cache]
+    return [decode(row[len(prompt) :]) for row, prompt in zip(tokens.tolist(), prompts)]
 
 
-# ---- checkpoints -----------------------------------------------------------------------------
-
-
-def save_checkpoint(file, model, args):
-    """Writes {"config", "model", "args"}, all of plain types, to a binary `file`."""
-    checkpoint = {
-        "config": dataclasses.asdict(model.config),
-        "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-        "args": dict(args),
-    }
-    buffer = io.BytesIO()  # a full disk is then an OSError of `write`, not one of torch's own
-    torch.save(checkpoint, buffer)
-    file.write(buffer.getbuffer())
+def save_checkpoint(path, model, args, log):
+    """Writes {"config", "model", "args"}, of plain types, and its log beside it, as JSON lines."""
+    buffer, config = io.BytesIO(), dataclasses.asdict(model.config)
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    torch.save({"config": config, "model": weights, "args": args}, buffer)
+    atomic_write(log_path(path), "".join(json.dumps(line) + "\n" for line in log).encode())
+    atomic_write(path, buffer.getvalue())
 
 
 def load_checkpoint(path, device="cpu"):
-    """The model, in evaluation mode, and the args that a checkpoint of `save_checkpoint` holds.
-
-    Raises InputError where there is no such file or it is not such a checkpoint.
-    """
+    """The model, in evaluation mode, and the args that save_checkpoint wrote; else InputError."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(
-            f"there is no checkpoint {path}; train_sft.py and train_dpo.py write them"
-        ) from None
-    except Exception as error:  # torch.load has no one type for what is no checkpoint
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a checkpoint, or is cut short: {reason}") from None
-    try:
-        config = GPTConfig(**checkpoint["config"])
-        if config.vocabulary != CHARACTERS or config.width % config.heads:
-            raise ValueError
-        model = GPT(config)
+        model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         return model.to(device).eval(), dict(checkpoint["args"])
-    except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RuntimeError):
-        raise InputError(
-            f"{path} is not of this version of model.py; train_sft.py writes one that is"
-        ) from None
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}; train_sft.py writes the first") from None
+    except Exception as error:  # torch.load has no one type for what is no checkpoint
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is not a checkpoint of this version: {reason}") from None
 
 
 def fingerprint(model):
     """A hash of the weights, by which a checkpoint names its reference."""
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
     return hashlib.sha256(weights).hexdigest()
-
-
-def log_path(checkpoint_path):
-    """runs/sft.pt -> runs/sft.jsonl"""
-    return os.path.splitext(checkpoint_path)[0] + ".jsonl"
-
-
-def write_record(log, record):
-    """Adds a line of JSON to a log, a binary file."""
-    log.write(json.dumps(record).encode() + b"\n")
-
-
-# ---- devices and processes -------------------------------------------------------------------
-
-with contextlib.suppress(OSError, AttributeError, TypeError):  # Linux alone has this library
-    # Keep what a step frees for the next one (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h):
-    # else each large tensor is asked of the system anew, which takes a tenth of a step.
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(-1, 2**30)
-    libc.mallopt(-3, 2**25)
-
-
-def find_device(name):
-    """The torch device of that name, or InputError if this machine has none.
-
-    Under torchrun "cuda" is the GPU of this process.
-    """
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1).to(name).cpu()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(
-            f"--device {name} is not there; cpu always is, cuda where torch finds a GPU"
-        ) from None
-
-
-def join_processes(device):
-    """(rank, world size) of this process, joined with the others if torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
-    return dist.get_rank(), dist.get_world_size()
-
-
-def add_up(tensors):
-    """Replaces each tensor by its sum over all processes; with one process, leaves them."""
-    if dist.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        try:
-            dist.all_reduce(flat)
-        except RuntimeError:
-            raise InputError("another process of this run has stopped") from None
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))

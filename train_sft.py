@@ -2,38 +2,38 @@
 
     python train_sft.py                # writes runs/sft.pt and its log, runs/sft.jsonl
 
-Next-token cross-entropy on the completions, on equations drawn fresh for every step. Left out on
-purpose: epochs, data files, resuming (a run takes minutes). train_dpo.py has the same headings in
-the same order: a diff of the two files shows what DPO changes.
+The loss is next-token cross-entropy on the completions of equations that are drawn fresh for every
+step. We left out epochs, data files and resuming: a run takes minutes. train_dpo.py has the same
+headings in the same order, so a diff of the two files shows what DPO changes.
 """
 
-import math
 import time
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from data import DEFAULT_MAX_SUM, MIN_SUM, InputError, collate, decode, entropy_floor, is_exact
-from data import make_parser, max_sum, nats_per_equation, positive_int, random_equations, replacing
-from data import run_script, seen_sums, training_flags
-from model import GPT, GPTConfig, add_up, completion_logps, find_device, generate, join_processes
-from model import log_path, save_checkpoint, write_record
+from data import DEFAULT_MAX_SUM, DEVICES, MIN_SUM, TERM_COUNTS, InputError, add_up, check_writable
+from data import collate, compositions, entropy_floor, join_processes, log_path, make_parser
+from data import measure, number, random_equations, run_script, seen_sums, shuffled_forever
+from model import GPT, GPTConfig, completion_logps, generate, save_checkpoint
 
-LOGGED = 30  # times a run
-VALIDATION_SEED = 1_000_003  # its own: the same equations whatever the seed of the run
-VALIDATION_SIZE = 1000
+LOOKS = 30  # measurements a run
+VALIDATION_SEED = 1_000_003  # the same equations whatever the seed of the run
 
 
 def parse_args(argv=None):
-    parser = make_parser("Train a small Transformer on random equations.", [training_flags()])
-    parser.set_defaults(steps=4800, batch_size=256, lr=1.2e-2, out="runs/sft.pt")
+    parser = make_parser("Train a small Transformer on random equations.")
     add = parser.add_argument
-    add("--depth", type=positive_int, default=6, help="blocks")
-    add("--width", type=positive_int, default=48, help="of the residual stream")
-    add("--heads", type=positive_int, default=4, help="of attention")
-    add("--max-sum", type=max_sum, default=DEFAULT_MAX_SUM, help="largest sum, 20 to 999")
+    add("--steps", type=number(int, 1), default=4500, help="updates of the weights")
+    add("--batch-size", type=number(int, 1), default=128, help="equations a step")
+    add("--lr", type=number(float, 1e-9), default=6e-3, help="highest learning rate")
+    add("--depth", type=number(int, 1), default=6, help="blocks")
+    add("--width", type=number(int, 1), default=48, help="width of the residual stream")
+    add("--heads", type=number(int, 1), default=4, help="attention heads")
+    add("--max-sum", type=number(int, 20, 999), default=DEFAULT_MAX_SUM, help="largest sum")
+    add("--device", choices=DEVICES, default="cpu", help="where to compute")
+    add("--out", default="runs/sft.pt", help="checkpoint; the log is beside it, as .jsonl")
     args = parser.parse_args(argv)
     if args.width % args.heads:
         parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
@@ -43,126 +43,121 @@ def parse_args(argv=None):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised: every direction of a matrix moves equally far.
 
-    torch.optim.Muon (Jordan et al., 2024) does the same in bfloat16. A processor that must emulate
-    it spends a third of a training step on that; so here it is in the precision of the weights.
+    torch.optim.Muon (Jordan et al., 2024) does the same in bfloat16, which many CPUs emulate; this
+    version stays in float32. It takes groups of matrices of one shape, and moves a group at once.
     """
 
-    def __init__(self, matrices, lr, momentum=0.95):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    def __init__(self, groups, lr, momentum=0.95):
+        super().__init__([{"params": group} for group in groups], {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
-        (group,) = self.param_groups
-        for matrix in group["params"]:
-            average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
-            average.lerp_(matrix.grad, 1 - group["momentum"])
-            update = orthogonalise(matrix.grad.lerp(average, group["momentum"]))  # as Nesterov's
-            rows, columns = matrix.shape
-            matrix.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        for group in self.param_groups:
+            grads = torch.stack([p.grad for p in group["params"]])  # (matrices, rows, columns)
+            average = self.state[group["params"][0]].setdefault("average", torch.zeros_like(grads))
+            average.lerp_(grads, 1 - group["momentum"])
+            updates = orthogonalise(grads.lerp(average, group["momentum"]))  # as Nesterov's
+            rows, columns = grads.shape[1:]
+            for p, update in zip(group["params"], updates):
+                p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def orthogonalise(x):
-    """A matrix of the same singular vectors, its singular values pushed near 1.
+    """Matrices (..., rows, columns) with the same singular vectors and singular values near 1.
 
     Newton-Schulz: five rounds of a s + b s^3 + c s^5 take any singular value s from 0.003 to 1 to
     between 0.68 and 1.21.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # those of torch.optim.Muon
-    if x.shape[0] > x.shape[1]:
+    if x.shape[-2] > x.shape[-1]:
         return orthogonalise(x.mT).mT
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         xx = x @ x.mT
-        # a x + (b xx + c xx xx) x, a product and the sum around it in one call
-        x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
+        x = a * x + (b * xx + c * xx @ xx) @ x
     return x
 
 
 def main(args):
     # ---- setup
-    device = find_device(args.device)
-    rank, world = join_processes(device)
+    rank, world = join_processes()
+    check_writable(args.out, log_path(args.out))
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
 
     # ---- model
-    model = GPT(GPTConfig(args.depth, args.width, args.heads, args.max_sum)).to(device)
+    model = GPT(GPTConfig(args.depth, args.width, args.heads, args.max_sum)).to(args.device)
 
-    # ---- data: fresh equations for every step, and a fixed set and all prompts for validation
+    # ---- data: every sum and every number of terms in turn, and a fixed set for validation
     sums = seen_sums(args.max_sum)
-    floor = entropy_floor(sums)
-    validation = random_equations(np.random.default_rng(VALIDATION_SEED), VALIDATION_SIZE, sums)
-    validation_floor = nats_per_equation(validation)
-    validation_batch = [x.to(device) for x in collate(validation)]
+    next_sums, next_counts = shuffled_forever(rng, sums), shuffled_forever(rng, TERM_COUNTS)
+    validation = random_equations(np.random.default_rng(VALIDATION_SEED), 1000, sums)
+    validation_batch = [x.to(args.device) for x in collate(validation)]
     prompts = [f"{n}=" for n in range(MIN_SUM, args.max_sum + 1)] * 3
-    generator = torch.Generator(device).manual_seed(VALIDATION_SEED)
+    generator = torch.Generator(args.device).manual_seed(VALIDATION_SEED)
 
     # ---- optimizer: Muon for the blocks' matrices, AdamW for all else
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    by_layer = zip(*(block.parameters() for block in model.blocks))
+    matrices = [layer for layer in by_layer if layer[0].ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "blocks" not in name]
-    optimizers = [
-        Muon(matrices, args.lr),
-        torch.optim.AdamW(others, args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
-    ]
-    rise = max(1, round(0.03 * args.steps))
-    schedules = [
-        LambdaLR(optimizer, lambda done: min((done + 1) / rise, 1 - done / args.steps))
-        for optimizer in optimizers
-    ]
+    muon = Muon(matrices, args.lr)
+    adamw = torch.optim.AdamW(others, args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    warmup = max(1, round(0.03 * args.steps))
 
     # ---- the loop
-    log_every = max(1, args.steps // LOGGED)
-    losses, seconds = [], 0.0
-    with (
-        replacing(args.out, log_path(args.out), keep=rank == 0) as (checkpoint_file, log),
-        tqdm(total=args.steps, desc="SFT", disable=rank > 0) as bar,
-    ):
-        for step in range(1, args.steps + 1):
-            # ---- batch: one draw for all processes, of which each takes its part
-            started = time.perf_counter()
-            examples = random_equations(rng, args.batch_size, sums)[rank::world]
-            tokens, completion_mask = (x.to(device) for x in collate(examples))
+    log, losses, seconds = [], [], 0.0
+    look_every = max(1, args.steps // LOOKS)
+    for step in tqdm(range(1, args.steps + 1), desc="SFT", disable=rank > 0):
+        # ---- learning rate: it rises, stays, and falls to zero over the last 70 %
+        started = time.perf_counter()
+        for group in muon.param_groups + adamw.param_groups:
+            group["lr"] = args.lr * min(step / warmup, 1, (1 - (step - 1) / args.steps) / 0.7)
 
-            # ---- loss: nats per equation
-            loss = -completion_logps(model, tokens, completion_mask).sum() / args.batch_size
+        # ---- batch: one draw for all processes, of which each takes its part
+        batch_sums = [next(next_sums) for _ in range(args.batch_size)]
+        batch_counts = [next(next_counts) for _ in range(args.batch_size)]
+        completions = compositions(rng, batch_sums, batch_counts)
+        examples = [(f"{n}=", completion) for n, completion in zip(batch_sums, completions)]
+        tokens, completion_mask = (x.to(args.device) for x in collate(examples[rank::world]))
 
-            # ---- update
-            loss.backward()
-            loss = loss.detach()
-            add_up([loss, *(p.grad for p in model.parameters())])
-            if not loss.isfinite():
-                raise InputError(f"the loss is not finite at step {step}: try a lower --lr")
-            for optimizer, schedule in zip(optimizers, schedules):
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+        # ---- loss: nats per equation
+        loss = -completion_logps(model, tokens, completion_mask).sum() / args.batch_size
 
-            # ---- log
-            losses.append(loss.item())
-            seconds += time.perf_counter() - started  # of training: measurements are not counted
-            bar.update()
-            if step % log_every == 0 or step == args.steps:
-                with torch.no_grad():
-                    validation_loss = -completion_logps(model, *validation_batch).mean().item()
-                if not math.isfinite(validation_loss):
-                    raise InputError(f"the model is not finite at step {step}: try a lower --lr")
-                answers, _ = generate(model, prompts, generator=generator)
-                record = {
-                    "step": step,
-                    "equations": step * args.batch_size,
-                    "seconds": seconds,
-                    "loss": float(np.mean(losses[-log_every:])),
-                    "floor": floor,
-                    "gap": validation_loss - validation_floor,
-                    "exact": float(np.mean([is_exact(decode(row)) for row in answers.tolist()])),
-                }
-                write_record(log, record)
-                bar.set_postfix(loss=f"{record['loss']:.3f}", gap=f"{record['gap']:.3f}")
+        # ---- update
+        loss.backward()
+        loss = loss.detach()
+        add_up([loss, *(p.grad for p in model.parameters())])
+        if not loss.isfinite():
+            raise InputError(f"the loss is not finite at step {step}; try a lower --lr")
+        for optimizer in (muon, adamw):
+            optimizer.step()
+            optimizer.zero_grad()
 
-        # ---- save
-        save_checkpoint(checkpoint_file, model, vars(args))
+        # ---- log
+        losses.append(loss.item())
+        seconds += time.perf_counter() - started  # of training, without the measurements
+        if rank == 0 and (step % look_every == 0 or step == args.steps):
+            with torch.no_grad():
+                validation_loss = -completion_logps(model, *validation_batch).mean().item()
+            answers = generate(model, prompts, generator=generator)
+            record = {
+                "step": step,
+                "equations": step * args.batch_size,
+                "seconds": seconds,
+                "loss": float(np.mean(losses[-look_every:])),
+                "gap": validation_loss - entropy_floor(map("".join, validation)),
+                "exact": measure(map("".join, zip(prompts, answers)), 3)["exact"],
+            }
+            log.append(record)
+            tqdm.write(f"step {step:>5}  gap {record['gap']:.3f}  exact {record['exact']:.3f}")
+
+    # ---- save
     if rank == 0:
-        print(f"The model is in {args.out}, its log in {log_path(args.out)}.")
+        if not np.isfinite(record["gap"]):
+            raise InputError("the model is not finite; try a lower --lr")
+        save_checkpoint(args.out, model, vars(args), log)
+        gap, exact = record["gap"], record["exact"]
+        print(f"Wrote {args.out} and its log: gap {gap:.3f} nats, exact {exact:.3f}.")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
-"""Every figure of the README, drawn from JSON alone: results.json, logs.json and published.json.
+"""Every figure: those of one evaluation, for evaluate.py, and of many runs, for plots/tables.py.
 
-python evaluate.py             # measures, then draws
-python evaluate.py --replot    # draws again
+Nothing here measures: all numbers come from results, logs and published.json.
 """
 
+import io
 import os
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.style
 import numpy as np
+from matplotlib.figure import Figure
 
-from data import replacing
+from data import atomic_write
 
 # One name, one colour (Okabe and Ito's, safe for colour-blind readers) in every figure.
 MODELS = {
     "sft": ("SFT", "#0072B2"),
-    "dpo_offline": ("offline DPO", "#D55E00"),
-    "dpo_offline_nll": ("offline DPO + NLL", "#E69F00"),
-    "dpo": ("online DPO", "#009E73"),
+    "dpo_offline": ("offline", "#D55E00"),
+    "dpo_offline_nll": ("offline + NLL", "#E69F00"),
+    "dpo": ("mistakes", "#009E73"),
 }
 OTHER_COLOURS = ["#CC79A7", "#56B4E9", "#8C564B", "#000000"]
 
@@ -42,29 +40,36 @@ def in_order(names):
     return [name for name in MODELS if name in names] + sorted(set(names) - set(MODELS))
 
 
-def label_and_colour(name, names):
-    if name in MODELS:
-        return MODELS[name]
+def label(name):
+    return MODELS[name][0] if name in MODELS else name
+
+
+def colour(name, names):
     others = [other for other in in_order(names) if other not in MODELS]
-    return name, OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
+    return MODELS[name][1] if name in MODELS else OTHER_COLOURS[others.index(name) % 4]
 
 
 def save(figure, folder, name):
-    with replacing(os.path.join(folder, f"{name}.png")) as (file,):
-        figure.savefig(file, format="png")
-    plt.close(figure)
+    """Writes a figure and returns its path."""
+    buffer, path = io.BytesIO(), os.path.join(folder, f"{name}.png")
+    figure.savefig(buffer, format="png")
+    atomic_write(path, buffer.getvalue())
+    return path
 
 
-def draw_histogram(axes, metrics, label, colour, preferred_terms, most_terms):
+# ---- one evaluation --------------------------------------------------------------------------
+
+
+def draw_histogram(axes, metrics, name, color, preferred_terms, most_terms):
     """Shares of answers by term count: right sums in full colour, wrong ones pale, others grey."""
     counts = range(1, most_terms + 1)
     shares = [100 * metrics["counts"].get(str(k), 0) for k in counts]
     right = [100 * metrics["exact_counts"].get(str(k), 0) for k in counts]
     unparsed = 100 * (1 - metrics["parse_rate"])
-    axes.bar(counts, shares, color=colour, alpha=0.35, label="wrong sum")
-    axes.bar(counts, right, color=colour, label="right sum")
+    axes.bar(counts, shares, color=color, alpha=0.35, label="wrong sum")
+    axes.bar(counts, right, color=color, label="right sum")
     axes.bar([0], [unparsed], color="#888888")
-    for x, share in zip(range(most_terms + 1), [unparsed, *shares]):
+    for x, share in enumerate([unparsed, *shares]):
         if share >= 0.05:
             axes.annotate(f"{share:.1f}", (x, share), ha="center", va="bottom", fontsize=9)
     axes.set_xticks(range(most_terms + 1), ["none", *counts])
@@ -72,38 +77,34 @@ def draw_histogram(axes, metrics, label, colour, preferred_terms, most_terms):
     axes.set_ylim(0, 108)
     axes.grid(axis="x", visible=False)
     mae = "no answer parses" if metrics["mae"] is None else f"mean abs. error {metrics['mae']:.2f}"
-    axes.set_title(f"{label}\nexact {metrics['exact']:.3f}, {mae}")
+    axes.set_title(f"{name}\nexact {metrics['exact']:.3f}, {mae}")
     axes.set_xlabel("terms in the answer")
 
 
-def draw_histograms(results, folder):
+def draw_histograms(results):
     """The answers of each model by number of terms, side by side on the same axes."""
-    names = [name for name in MODELS if name in results["models"]] or in_order(results["models"])
-    sampled = {name: results["models"][name]["sampled"]["all"] for name in names}
-    most_terms = min(
-        9, max(5, *(int(k) for metrics in sampled.values() for k in metrics["counts"]))
-    )
-    figure, row = plt.subplots(
-        1, len(names), figsize=(1 + 3.1 * len(names), 3.8), sharey=True, squeeze=False
-    )
-    for axes, name in zip(row[0], names):
-        label, colour = label_and_colour(name, names)
-        draw_histogram(
-            axes, sampled[name], label, colour, results["task"]["preferred_terms"], most_terms
-        )
-    row[0, 0].set_ylabel(f"share of {sampled[names[0]]['n']:,} sampled answers (%)")
-    row[0, 0].legend(loc="upper right")
-    save(figure, folder, "dist")
+    sampled = {name: result["sampled"] for name, result in results["models"].items()}
+    found = [int(k) for metrics in sampled.values() for k in metrics["counts"]]
+    most_terms = min(9, max(5, *found)) if found else 5
+    figure = Figure(figsize=(1 + 3.1 * len(sampled), 3.8))
+    row = figure.subplots(1, len(sampled), sharey=True, squeeze=False)[0]
+    for axes, (name, metrics) in zip(row, sampled.items()):
+        terms, color = results["task"]["preferred_terms"], colour(name, sampled)
+        draw_histogram(axes, metrics, label(name), color, terms, most_terms)
+    row[0].set_ylabel(f"share of {metrics['n']:,} sampled answers (%)")
+    row[0].legend(loc="upper right")
+    return figure
 
 
-def draw_sft(log, folder):
+def draw_sft(log):
     """The gap to the entropy floor and the share of right answers, over the equations seen."""
     equations = [record["equations"] / 1000 for record in log]
-    label, colour = MODELS["sft"]
-    figure, axes = plt.subplots(figsize=(7, 3.6))
-    axes.plot(equations, [record["gap"] for record in log], color=colour)
+    color = MODELS["sft"][1]
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    axes.plot(equations, [record["gap"] for record in log], color=color)
     axes.set_yscale("log")
-    axes.set_ylabel("gap to the entropy floor\n(nats per equation)", color=colour)
+    axes.set_ylabel("gap to the entropy floor\n(nats per equation)", color=color)
     axes.set_xlabel("equations seen in SFT (thousands)")
     right = axes.twinx()
     right.plot(equations, [100 * r["exact"] for r in log], color="black", linestyle="--")
@@ -111,37 +112,17 @@ def draw_sft(log, folder):
     right.set_ylim(0, 105)
     right.grid(False)
     right.spines["right"].set_visible(True)
-    save(figure, folder, "sft_gap")
+    return figure
 
 
-CURVES = {  # key in the log: axis label
-    "rewards/accuracies": "pair accuracy (new pairs)",
-    "rewards/margins": "reward margin (β × nats)",
-    "loss": "loss (nats per pair)",
-    "own/preferred": "own answers: preferred",
-    "own/exact": "own answers: exact",
-    "own/kl": "own answers: KL from SFT (nats)",
-}
-
-
-def draw_curves(logs, folder):
-    """What DPO tooling shows (above) and what the policy itself answers (below), over the steps."""
-    figure, grid = plt.subplots(2, 3, figsize=(10, 5.6), sharex=True)
-    for axes, (key, text) in zip(grid.flat, CURVES.items()):
-        for name, log in logs.items():
-            label, colour = label_and_colour(name, logs)
-            records = [record for record in log if key in record]
-            values = [record[key] for record in records]
-            steps = [record["step"] for record in records]
-            axes.plot(steps, values if "own" in key else smooth(values), color=colour, label=label)
-        axes.set_title(text)
-        if key in ("rewards/accuracies", "own/preferred", "own/exact"):
-            axes.set_ylim(0, 1.05)
-    for axes in grid[1]:
-        axes.set_xlabel("step")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(logs))
-    save(figure, folder, "dpo_curves")
+def step_axis(axes, last):
+    """Logarithmic from step 1 on, so that the first hundred steps can be seen."""
+    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+    ticks = [0, *(10**i for i in range(6) if 10**i < 0.7 * last), last]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(0, last)
+    axes.set_xlabel("step (logarithmic)")
 
 
 def smooth(values, window=9):
@@ -150,119 +131,118 @@ def smooth(values, window=9):
     return [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-# Kind of answer: its share of the policy's own answers, from a log record, and a colour (Tol's
-# muted ones, which no model has).
-MASS = {
-    "{} terms, right": (lambda own: own["own/preferred"], "#332288"),
-    "{} terms, wrong": (lambda own: own["own/form"] - own["own/preferred"], "#88CCEE"),
-    "other count, right": (lambda own: own["own/exact"] - own["own/preferred"], "#DDCC77"),
-    "other count, wrong": (
-        lambda own: own["own/parsed"] - own["own/exact"] - own["own/form"] + own["own/preferred"],
-        "#CC6677",
-    ),
-    "no equation": (lambda own: 1 - own["own/parsed"], "#888888"),
+CURVES = {  # key in a record of the log: axis label
+    "rewards/accuracies": "pair accuracy (new pairs)",
+    "rewards/margins": "reward margin (β × nats)",
+    "loss": "loss (nats per pair)",
+}
+OWN_CURVES = {  # key in a look at the policy's own answers
+    "preferred": "own answers: preferred",
+    "exact": "own answers: exact",
+    "kl": "own answers: KL from SFT (nats)",
 }
 
 
-def draw_mass(logs, preferred_terms, folder):
+def draw_curves(logs):
+    """What DPO tooling shows (above) and what the policy itself answers (below), over the steps."""
+    figure = Figure(figsize=(10, 5.6))
+    grid = figure.subplots(2, 3, sharex=True)
+    for name, log in logs.items():
+        style = {"color": colour(name, logs), "label": label(name)}
+        for axes, key in zip(grid[0], CURVES):
+            records = [record for record in log if key in record]
+            values = smooth([record[key] for record in records])
+            axes.plot([record["step"] for record in records], values, **style)
+        looks = [record for record in log if "own" in record]
+        for axes, key in zip(grid[1], OWN_CURVES):
+            axes.plot([r["step"] for r in looks], [r["own"][key] for r in looks], **style)
+    for axes, title in zip(grid.flat, [*CURVES.values(), *OWN_CURVES.values()]):
+        axes.set_title(title)
+    for axes in (grid[0, 0], grid[1, 0], grid[1, 1]):
+        axes.set_ylim(0, 1.05)
+    for axes in grid[1]:
+        step_axis(axes, max(log[-1]["step"] for log in logs.values()))
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(logs))
+    return figure
+
+
+MASS_COLOURS = ["#332288", "#88CCEE", "#DDCC77", "#CC6677", "#888888"]  # Tol's muted ones
+
+
+def mass(own, terms):
+    """The kinds of the policy's own answers, and their shares: together all of them."""
+    form = own["counts"].get(str(terms), 0)
+    other_exact = own["exact"] - own["preferred"]
+    return {
+        f"{terms} terms, right": own["preferred"],
+        f"{terms} terms, wrong": form - own["preferred"],
+        "other count, right": other_exact,
+        "other count, wrong": own["parse_rate"] - form - other_exact,
+        "no equation": 1 - own["parse_rate"],
+    }
+
+
+def draw_mass(logs, terms):
     """Where the probability goes: pair accuracy above, what the policy really answers below."""
-    figure, grid = plt.subplots(
-        2,
-        len(logs),
-        figsize=(1 + 3.3 * len(logs), 5.4),
-        height_ratios=(1, 1.8),
-        sharex="col",
-        sharey="row",
-        squeeze=False,
+    figure = Figure(figsize=(max(7, 1 + 3.3 * len(logs)), 5.4))
+    grid = figure.subplots(
+        2, len(logs), height_ratios=(1, 1.8), sharex="col", sharey="row", squeeze=False
     )
     for (top, bottom), (name, log) in zip(grid.T, logs.items()):
         pairs = [record for record in log if "rewards/accuracies" in record]
         accuracy = smooth([100 * record["rewards/accuracies"] for record in pairs])
         top.plot([record["step"] for record in pairs], accuracy, color="black")
         top.set_ylim(0, 105)
-        top.set_title(label_and_colour(name, logs)[0])
-        own = [record for record in log if "own/kl" in record]
+        top.set_title(label(name))
+        looks = [record for record in log if "own" in record]
+        kinds = [mass(record["own"], terms) for record in looks]
         bottom.stackplot(
-            [record["step"] for record in own],
-            [[100 * share(record) for record in own] for share, _ in MASS.values()],
-            labels=[kind.format(preferred_terms) for kind in MASS],
-            colors=[colour for _, colour in MASS.values()],
+            [record["step"] for record in looks],
+            [[100 * shares[kind] for shares in kinds] for kind in kinds[0]],
+            labels=list(kinds[0]),
+            colors=MASS_COLOURS,
         )
         bottom.set_ylim(0, 100)
-        bottom.margins(x=0)
-        bottom.set_xlabel("step")
+        step_axis(bottom, log[-1]["step"])
     grid[0, 0].set_ylabel("pair accuracy (%)")
-    grid[1, 0].set_ylabel("share of the policy's\nown 480 answers (%)")
+    grid[1, 0].set_ylabel(f"share of the policy's\nown {looks[0]['own']['n']} answers (%)")
     handles, labels = grid[1, 0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=5, fontsize=10)
-    save(figure, folder, "mass")
+    columns = 5 if len(logs) > 2 else 3
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=columns)
+    return figure
 
 
-TOKEN_COLOURS = ["#332288", "#88CCEE", "#CC6677", "#DDCC77"]
+def draw_all(results, logs, folder):
+    """Every figure that these results and logs have the material for; returns their paths."""
+    dpo_logs = {name: log for name, log in logs.items() if any("own" in r for r in log)}
+    with matplotlib.style.context(["default", STYLE]):
+        paths = [save(draw_histograms(results), folder, "dist")]
+        if logs.get("sft"):
+            paths.append(save(draw_sft(logs["sft"]), folder, "sft_gap"))
+        if dpo_logs:
+            paths.append(save(draw_curves(dpo_logs), folder, "dpo_curves"))
+            terms = results["task"]["preferred_terms"]
+            paths.append(save(draw_mass(dpo_logs, terms), folder, "mass"))
+    return paths
 
 
-def draw_tokens(models, folder):
-    """Which token pays: a stacked bar a model for rejected answers, and a few token by token.
+# ---- many runs -------------------------------------------------------------------------------
 
-    `models` maps names to what `who_pays` of evaluate.py returns.
-    """
-    shown = [name for name in ("dpo_offline", "dpo") if name in models]
-    figure, axes = plt.subplot_mosaic(
-        [["bars"] * len(shown), shown], figsize=(9.5, 6.4), height_ratios=(1, 2)
-    )
-    labels = [label_and_colour(name, models)[0] for name in models]
-    left = np.zeros(len(models))
-    for kind, colour in zip(models[shown[0]]["rejected"], TOKEN_COLOURS):
-        nats = np.array([tokens["rejected"][kind] for tokens in models.values()])
-        axes["bars"].barh(labels, nats, left=left, color=colour, label=kind)
-        left += nats
-    axes["bars"].invert_yaxis()
-    axes["bars"].grid(axis="y", visible=False)
-    axes["bars"].set_xlabel("log π − log π_ref of rejected answers (nats, mean of 2,000)")
-    axes["bars"].legend(fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
-    limit = max(abs(x) for name in shown for s in models[name]["strings"] for x in s["nats"])
-    for name in shown:
-        strings = sorted(models[name]["strings"], key=lambda string: string["prompt"])
-        image = draw_heat_map(axes[name], strings, limit)
-        axes[name].set_title(label_and_colour(name, models)[0])
-        axes[name].tick_params(labelleft=name == shown[0])
-    figure.colorbar(image, ax=[axes[name] for name in shown], label="log π − log π_ref (nats)")
-    save(figure, folder, "tokens")
-
-
-def draw_heat_map(axes, strings, limit):
-    """Answers as rows of characters, coloured by nats; a number where it is one nat or more."""
-    longest = max(len(string["nats"]) for string in strings)
-    grid = np.full((len(strings), longest), np.nan)
-    for y, string in enumerate(strings):
-        grid[y, : len(string["nats"])] = string["nats"]
-        for x, (character, nats) in enumerate(zip([*string["text"], "end"], string["nats"])):
-            text = f"{character}\n{nats:.0f}" if abs(nats) >= 1 else character
-            colour = "white" if abs(nats) > 0.6 * limit else "black"
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
-    image = axes.imshow(grid, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-    sides = [f"{string['prompt']} {string['side']}" for string in strings]
-    axes.set_yticks(range(len(strings)), sides, fontsize=9)
-    axes.set_xticks([])
-    axes.tick_params(left=False)
-    axes.spines[:].set_visible(False)
-    axes.grid(False)
-    return image
-
-
-METHOD_COLOURS = {  # by the source of pairs, as the models have them; the marker tells the loss
+METHOD_COLOURS = {  # by the source of pairs; the marker tells the loss
     "offline": "#D55E00",
-    "online": "#009E73",
+    "mistakes": "#009E73",
     "reference": "#CC79A7",
-    "on-policy": "#0072B2",
+    "online": "#0072B2",
     "imitation": "#000000",
 }
 METHOD_MARKERS = {"NLL": "s", "smoothed": "^", "IPO": "v"}
 
 
-def draw_frontier(published, folder):
+def draw_frontier(published):
     """Share of preferred answers against KL: the least that any policy pays, and the methods."""
-    figure, axes = plt.subplots(figsize=(8, 4.6))
+    figure = Figure(figsize=(8, 4.6))
+    axes = figure.subplots()
     shares, kls = np.array(published["frontier"]["curve"]).T
     axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
     for n, share, kl in published["frontier"]["best of n"]:
@@ -271,46 +251,34 @@ def draw_frontier(published, folder):
         style = {"textcoords": "offset points", "fontsize": 8}
         axes.annotate(f"best of {n}", (kl, 100 * share), offset, ha=side, **style)
     for name, method in published["methods"].items():
-        points = np.array(method["points"])
-        colour = METHOD_COLOURS[name.replace(",", "").split(" ")[0]]
+        kl = [run["kl"] for run in method["runs"]]
+        preferred = [100 * run["sampled"]["preferred"] for run in method["runs"]]
+        color = METHOD_COLOURS[name.replace(",", "").split(" ")[0]]
         marker = next((m for word, m in METHOD_MARKERS.items() if word in name), "o")
-        filled = {"facecolor": "none"} if marker != "o" else {}
-        axes.scatter(
-            points[:, 0],
-            100 * points[:, 1],
-            s=28,
-            color=colour,
-            marker=marker,
-            label=name,
-            **filled,
-        )
+        face = "none" if marker != "o" else color
+        style = {"edgecolors": color, "facecolors": face, "marker": marker, "s": 28}
+        axes.scatter(kl, preferred, label=name, **style)
     axes.set_xscale("symlog", linthresh=2)
     axes.set_xticks([0, 0.5, 1, 1.5, 2, 5, 10, 20], ["0", "0.5", "1", "1.5", "2", "5", "10", "20"])
     axes.set_xlim(left=0)
     axes.set_xlabel("KL from SFT (nats, logarithmic from 2 on)")
     axes.set_ylabel("preferred answers (%)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    save(figure, folder, "frontier")
+    return figure
 
 
-def draw_optimum(published, folder):
-    """With a judge that errs: the share of preferred answers that theory predicts, and runs."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+def draw_optimum(published):
+    """With a noisy judge: the share of preferred answers that theory predicts, and runs."""
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.subplots()
     runs = [run for run in published["judge"] if not run["kind"]]
     curve = sorted({run["beta"]: 100 * run["share predicted"][0] for run in runs}.items())
     axes.plot(*zip(*curve), color="black", label="predicted: the optimum of DPO")
-    for source, label in (("on-policy", "pairs of the policy"), ("reference", "pairs of SFT")):
-        points = sorted((run["beta"], *run["preferred"]) for run in runs if run["source"] == source)
-        betas, mean, _, least, greatest = np.array(points).T
-        axes.errorbar(
-            betas,
-            100 * mean,
-            100 * np.array((mean - least, greatest - mean)),
-            color=METHOD_COLOURS[source],
-            marker="o",
-            capsize=3,
-            label=label,
+    for source in ("online", "reference"):
+        points = sorted(
+            (run["beta"], 100 * run["preferred"][0]) for run in runs if run["source"] == source
         )
+        axes.plot(*zip(*points), color=METHOD_COLOURS[source], marker="o", label=f"{source} pairs")
     for run in published["judge"]:
         if "imitation" in run["kind"]:
             share = 100 * run["preferred"][0]
@@ -322,34 +290,34 @@ def draw_optimum(published, folder):
     axes.set_xlabel("β (logarithmic)")
     axes.set_ylabel("preferred answers (%)")
     axes.legend(fontsize=9)
-    save(figure, folder, "optimum")
+    return figure
 
 
-def draw_published(published, folder):
-    """The figures of many runs."""
-    with plt.rc_context(STYLE):
-        draw_frontier(published, folder)
-        draw_optimum(published, folder)
+NEXT_TOKENS = {"end": "#332288", "plus sign": "#CC6677", "digit": "#DDCC77"}
 
 
-def draw_all(results, logs, folder):
-    """Every figure of a run that these results and logs have the material for."""
-    dpo_logs = {
-        name: log
-        for name, log in logs.items()
-        if name in MODELS and any("own/kl" in r for r in log)
-    }
-    tokens = {
-        name: result["tokens"]
-        for name, result in results["models"].items()
-        if name in MODELS and "tokens" in result
-    }
-    with plt.rc_context(STYLE):
-        draw_histograms(results, folder)
-        if logs.get("sft"):
-            draw_sft(logs["sft"], folder)
-        if dpo_logs:
-            draw_curves(dpo_logs, folder)
-            draw_mass(dpo_logs, results["task"]["preferred_terms"], folder)
-        if {"dpo_offline", "dpo"} & set(tokens):
-            draw_tokens(tokens, folder)
+def draw_next_token(runs):
+    """What each model does where a rejected, right answer is complete; a bar a model."""
+    figure = Figure(figsize=(7, 2.6))
+    axes = figure.subplots()
+    left = np.zeros(len(runs))
+    for kind, color in NEXT_TOKENS.items():
+        means = [
+            np.mean([100 * r["next token"][kind] for r in of_model]) for of_model in runs.values()
+        ]
+        axes.barh([label(name) for name in runs], means, left=left, color=color, label=kind)
+        left += means
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("probability of the next token (%)")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=9)
+    return figure
+
+
+def draw_published(published, runs, folder):
+    """The figures of many runs; `runs` maps the models of the README to their results."""
+    with matplotlib.style.context(["default", STYLE]):
+        save(draw_frontier(published), folder, "frontier")
+        save(draw_optimum(published), folder, "optimum")
+        save(draw_next_token(runs), folder, "next_token")
