@@ -9,10 +9,9 @@ PYTHON ?= python3
 RUNS := runs
 PLOTS := plots
 
-# The rates are those that the lesson found best for each way to make pairs.
-FLAGS_dpo := --pairs mistakes --lr 3e-3
+# What sets each run apart from the defaults. The rates are those that the lesson found best.
 FLAGS_dpo_offline := --pairs offline --lr 3e-4
-FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1 --lr 1e-3
+FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1
 
 DPO := dpo_offline dpo_offline_nll dpo
 MODELS := $(RUNS)/sft.pt $(DPO:%=$(RUNS)/%.pt)

@@ -218,8 +218,6 @@ def read_pairs(path, max_sum):
     Raises InputError, with file and line, for what no model up to `max_sum` could learn from. Warns
     of sums that such a model was not trained on.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"--pairs {path} is not a file, nor a source that --help names")
     content, pairs = Path(path).read_bytes(), []
     text = content.decode(json.detect_encoding(content), "replace")
     for i, line in enumerate(text.splitlines(), start=1):
@@ -299,7 +297,7 @@ def atomic_write(path, content):
 
 def log_path(checkpoint_path):
     """runs/sft.pt -> runs/sft.jsonl"""
-    return checkpoint_path.removesuffix(".pt") + ".jsonl"
+    return str(checkpoint_path).removesuffix(".pt") + ".jsonl"
 
 
 def run_script(main):

@@ -129,7 +129,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--steps", type=number(int, 1), default=500, help="updates of the weights")
     add("--batch-size", type=number(int, 1), default=128, help="prompts a step")
-    add("--lr", type=number(float, 1e-9), default=3e-3, help="highest learning rate")
+    add("--lr", type=number(float, 1e-9), default=1e-3, help="highest learning rate")
     add("--sft", default="runs/sft.pt", help="checkpoint to start from, and the reference")
     add("--preferred-terms", type=int, choices=TERM_COUNTS, default=3, help="to be preferred")
     add("--pairs", default="mistakes", help=f"{', '.join(SOURCES)}, or a file of JSON lines")
@@ -141,6 +141,8 @@ def parse_args(argv=None):
     add("--device", choices=DEVICES, default="cpu", help="where to compute")
     add("--out", default="runs/dpo.pt", help="checkpoint; the log is beside it, as .jsonl")
     args = parser.parse_args(argv)
+    if args.pairs not in SOURCES and not os.path.isfile(args.pairs):
+        parser.error(f"--pairs {args.pairs} is no file, and none of {', '.join(SOURCES)}")
     written = {os.path.realpath(path) for path in (args.out, log_path(args.out))}
     if written & {os.path.realpath(p) for p in (args.sft, log_path(args.sft), args.pairs)}:
         parser.error(f"--out {args.out} or its log would replace a file of --sft or --pairs")
@@ -167,8 +169,9 @@ def look(policy, reference, terms):
 
 def main(args):
     # ---- setup
-    print(f"Pairs: {args.pairs}. The classic choice is --pairs offline.")
     rank, world = join_processes()
+    if rank == 0:
+        print(f"Pairs: {args.pairs}. The classic choice is --pairs offline.")
     check_writable(args.out, log_path(args.out))
     torch.manual_seed(args.seed * world + rank)  # for sampled answers
     rng = np.random.default_rng(args.seed)
@@ -281,8 +284,9 @@ def main(args):
         saved_args = vars(args) | {"reference": fingerprint(reference)}
         save_checkpoint(args.out, average.module, saved_args, log)
         first = log[0]["own"]
-        changes = [f"{key} {first[key]:.2f} -> {own[key]:.2f}" for key in ("preferred", "exact")]
-        print(f"Wrote {args.out} and its log: {', '.join(changes)}, KL {own['kl']:.2f} nats.")
+        changes = [f"{key} {first[key]:.2f} -> {own[key]:.2f}" for key in ("exact", "preferred")]
+        facts = f"{', '.join(changes)} ({terms} terms), KL {own['kl']:.2f} nats"
+        print(f"Wrote {args.out} and its log: {facts}.")
 
 
 if __name__ == "__main__":

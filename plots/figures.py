@@ -267,32 +267,6 @@ def draw_frontier(published):
     return figure
 
 
-def draw_optimum(published):
-    """With a noisy judge: the share of preferred answers that theory predicts, and runs."""
-    figure = Figure(figsize=(7, 4.2))
-    axes = figure.subplots()
-    runs = [run for run in published["judge"] if not run["kind"]]
-    curve = sorted({run["beta"]: 100 * run["share predicted"][0] for run in runs}.items())
-    axes.plot(*zip(*curve), color="black", label="predicted: the optimum of DPO")
-    for source in ("online", "reference"):
-        points = sorted(
-            (run["beta"], 100 * run["preferred"][0]) for run in runs if run["source"] == source
-        )
-        axes.plot(*zip(*points), color=METHOD_COLOURS[source], marker="o", label=f"{source} pairs")
-    for run in published["judge"]:
-        if "imitation" in run["kind"]:
-            share = 100 * run["preferred"][0]
-            axes.axhline(share, color="#888888", linestyle="--", label=run["kind"])
-    axes.set_xscale("log")
-    axes.set_xticks([beta for beta, _ in curve], [f"{beta:g}" for beta, _ in curve])
-    axes.minorticks_off()
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("β (logarithmic)")
-    axes.set_ylabel("preferred answers (%)")
-    axes.legend(fontsize=9)
-    return figure
-
-
 NEXT_TOKENS = {"end": "#332288", "plus sign": "#CC6677", "digit": "#DDCC77"}
 
 
@@ -319,5 +293,4 @@ def draw_published(published, runs, folder):
     """The figures of many runs; `runs` maps the models of the README to their results."""
     with matplotlib.style.context(["default", STYLE]):
         save(draw_frontier(published), folder, "frontier")
-        save(draw_optimum(published), folder, "optimum")
         save(draw_next_token(runs), folder, "next_token")

@@ -4,11 +4,11 @@
 
 Trains and measures, then writes plots/published.json. Every method gets the same steps, batches and
 learning rates to choose from. The rate is chosen on seed 0 by the share of preferred answers and
-reported over the other seeds. A run is named by all of its flags, so a changed setting trains anew;
-after a change of the code, delete runs/lesson.
+reported over the other seeds. Results are kept for this code only: a change of it trains anew.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -19,16 +19,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import evaluate
+import model
 import train_dpo
 import train_sft
 from data import DEFAULT_MAX_SUM, END, MIN_SUM, atomic_write, collate, encode, is_exact
-from data import is_preferred, measure, entropy_floor, random_equations, random_pairs
+from data import entropy_floor, is_preferred, measure, random_equations, random_pairs
 from data import run_script, seen_sums
 from model import load_checkpoint
 from plots import tables, yardstick
 
-RUNS = Path("runs/lesson")
+CODE = [Path(module.__file__) for module in (data, model, train_sft, train_dpo)]
+RUNS = Path("runs/lesson", hashlib.sha256(b"".join(f.read_bytes() for f in CODE)).hexdigest()[:8])
 SEEDS = (1, 2, 3, 4, 5)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 METHODS = {  # name: settings, each tried at every rate; all else is the default of train_dpo.py
@@ -43,7 +46,6 @@ METHODS = {  # name: settings, each tried at every rate; all else is the default
     "offline, IPO": [{"pairs": "offline", "loss": "ipo", "beta": beta} for beta in (0.1, 0.8)],
     "offline, smoothed": [{"pairs": "offline", "label-smoothing": 0.1}],
 }
-EXERCISES = [{"pairs": "offline", "lr": 3e-3}, {"pairs": "offline", "lr": 1e-3, "nll-weight": 0.1}]
 SAMPLES = 100  # answers to every sum; a fifth of them where only the rate is chosen
 OUTSIDE = [2, 3, 4, *range(101, 111)]  # sums that training never has
 EQUATIONS, EQUATION_SEED = 20_000, 1_000_004  # on which the gap of SFT is measured
@@ -66,55 +68,55 @@ def run(settings, seed):
         with open(os.devnull, "w") as nowhere:
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 script.main(script.parse_args(flags))
-    model, args = load_checkpoint(str(out))
+    policy, args = load_checkpoint(str(out))
     reference, _ = load_checkpoint(str(sft))
     result = {"seed": seed, "settings": settings, "p": None, "gap": None}
     if settings:
         p = torch.tensor(run({}, seed)["p"], dtype=torch.float64)
     else:
         p = yardstick.preferred_shares(reference, 3)
-        result |= {"p": p.tolist(), "gap": gap_to_floor(model)}
-    result |= study(model, reference, p, seed, SAMPLES if seed in SEEDS else SAMPLES // 5)
+        result |= {"p": p.tolist(), "gap": gap_to_floor(policy)}
+    result |= study(policy, reference, p, seed, SAMPLES if seed in SEEDS else SAMPLES // 5)
     seconds = [r["seconds"] for r in evaluate.read_log(str(out), args["steps"]) if "seconds" in r]
     result["seconds"] = seconds[-1]
     atomic_write(result_file, json.dumps(result).encode())
     return result
 
 
-def study(model, reference, p, seed, samples):
+def study(policy, reference, p, seed, samples):
     """All that the pages say of one model."""
     generator = torch.Generator().manual_seed(seed)
     sums = np.arange(MIN_SUM, DEFAULT_MAX_SUM + 1)
-    sampled = evaluate.answer(model, np.repeat(sums, samples), generator=generator)
-    result = evaluate.evaluate(model, reference, sampled, 3, seed)
-    logratios = evaluate.logps_of(model, sampled) - evaluate.logps_of(reference, sampled)
+    sampled = evaluate.answer(policy, np.repeat(sums, samples), generator=generator)
+    result = evaluate.evaluate(policy, reference, sampled, 3, seed)
+    logratios = evaluate.logps_of(policy, sampled) - evaluate.logps_of(reference, sampled)
     preferred = torch.tensor([is_preferred(equation, 3) for equation in sampled])
     shape = len(sums), samples
     result["kl parts"] = yardstick.split_kl(logratios.view(shape), preferred.view(shape), p)
     exact = np.reshape([is_exact(equation) for equation in sampled], shape).mean(1)
     result["worst sum"] = [int(sums[exact.argmin()]), float(exact.min())]
     for name, asked in (("largest", [DEFAULT_MAX_SUM] * 10), ("outside", OUTSIDE)):
-        answers = evaluate.answer(model, np.repeat(asked, samples), generator=generator)
+        answers = evaluate.answer(policy, np.repeat(asked, samples), generator=generator)
         result[name] = measure(answers, 3)["exact"]
-    return result | {"next token": next_token(model)}
+    return result | {"next token": next_token(policy)}
 
 
-def gap_to_floor(model):
+def gap_to_floor(policy):
     """Nats per equation by which the loss on new equations exceeds their entropy floor."""
     rng = np.random.default_rng(EQUATION_SEED)
     equations = ["".join(example) for example in random_equations(rng, EQUATIONS, seen_sums())]
-    return -evaluate.logps_of(model, equations).mean().item() - entropy_floor(equations)
+    return -evaluate.logps_of(policy, equations).mean().item() - entropy_floor(equations)
 
 
 @torch.no_grad()
-def next_token(model):
+def next_token(policy):
     """Mean probabilities of the next token in rejected answers of the generator, which are right.
 
     After the last digit, where the sum is complete, and before it.
     """
     pairs = random_pairs(np.random.default_rng(TOKEN_SEED), TOKEN_PAIRS, seen_sums(), 3)
     tokens, _ = collate([(prompt, rejected) for prompt, _, rejected in pairs])
-    probabilities = model(tokens).softmax(-1)  # (B, T, V)
+    probabilities = policy(tokens).softmax(-1)  # (B, T, V)
     rows, ends = torch.arange(len(pairs)), (tokens == END).nonzero()[:, 1]
     after, before = probabilities[rows, ends - 1], probabilities[rows, ends - 2]  # (B, V)
     digits = before[:, :10].sum(1)
@@ -134,7 +136,7 @@ def results(title, futures):
 
 
 def lesson(pool):
-    """The content of published.json, but for the runs with a noisy judge."""
+    """The content of published.json."""
     sft = results("SFT", [pool.submit(run, {}, seed) for seed in (0, *SEEDS)])
     grid = {
         name: [settings | {"lr": rate} for settings in variants for rate in RATES]
@@ -149,12 +151,10 @@ def lesson(pool):
         futures[name] = [pool.submit(run, best, seed) for seed in SEEDS]
     for name in grid:
         methods[name]["runs"] = results(name, futures[name])
-    exercises = [pool.submit(run, settings, SEEDS[0]) for settings in EXERCISES]
     return {
         "processor": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "sft": sft[1:],
         "methods": methods,
-        "exercises": results("exercises", exercises),
         "frontier": frontier(sft[1:]),
     }
 
@@ -172,7 +172,6 @@ def frontier(sft):
 def main():
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         content = lesson(pool)
-    content["judge"] = json.loads(tables.PUBLISHED.read_text())["judge"]
     atomic_write(tables.PUBLISHED, json.dumps(content).encode())
     print(f"Wrote {tables.PUBLISHED}; make publish writes the pages from it.")
 

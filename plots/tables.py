@@ -11,7 +11,7 @@ import re
 import statistics
 from pathlib import Path
 
-from data import atomic_write, is_exact, run_script
+from data import atomic_write, run_script
 from plots import figures
 
 PLOTS = Path(__file__).parent
@@ -22,12 +22,6 @@ MODELS = {  # the four models of the README: a method of published.json
     "dpo_offline": "offline",
     "dpo_offline_nll": "offline + NLL",
     "dpo": "mistakes",
-}
-NEEDS = {
-    "offline": "written answers",
-    "mistakes": "written answers, a judge",
-    "reference": "a judge",
-    "online": "a judge",
 }
 
 
@@ -77,7 +71,6 @@ METHOD = {
     "seconds": SHORT["seconds"],
 }
 NEXT_TOKEN = ("end", "plus sign", "digit", "right digit", "other digit")
-JUDGE = ("share predicted", "preferred", "exact", "KL predicted", "KL")
 
 
 # ---- Markdown --------------------------------------------------------------------------------
@@ -116,14 +109,6 @@ def published_runs(content):
     return {model: methods[method] for model, method in MODELS.items()}
 
 
-def answers_table(content):
-    rows = []
-    for name, runs in published_runs(content).items():
-        answers = (f"`{a}`" + ("" if is_exact(a) else " ✗") for a in runs[0]["answers"])
-        rows.append([figures.label(name), *answers])
-    return markdown(["", "three answers", "", ""], rows)
-
-
 def long_table(content):
     """A row a metric, a column a model."""
     runs = published_runs(content)
@@ -135,14 +120,14 @@ def long_table(content):
 
 
 def methods_table(content):
-    """A row a method, with the rate that was chosen and what it needs."""
+    """A row a method, with the rate that was chosen."""
     rows = []
     for name, method in content["methods"].items():
         settings = dict(method["settings"])
-        rate, needs = f"{settings.pop('lr'):g}", NEEDS[settings["pairs"]]
+        rate = f"{settings.pop('lr'):g}"
         flags = " ".join(f"--{flag} {value}" for flag, value in settings.items())
-        rows.append([name, f"`{flags}`", rate, needs, *row("", METHOD, method["runs"])[1:]])
-    return markdown(["method", "flags", "lr", "needs", *METHOD], rows)
+        rows.append([name, f"`{flags}`", rate, *row("", METHOD, method["runs"])[1:]])
+    return markdown(["method", "flags", "lr", *METHOD], rows)
 
 
 def next_token_table(content):
@@ -151,23 +136,11 @@ def next_token_table(content):
     return markdown(["", *columns], [row(figures.label(m), columns, runs[m]) for m in runs])
 
 
-def judge_table(content):
-    """A row a run with the noisy judge: what theory predicts, and what came out."""
-    rows = []
-    for run in content["judge"]:
-        steps, rate = re.search(r"--steps (\S+) --lr (\S+)", run["flags"]).groups()
-        cells = [cell([run[key][0]]) for key in JUDGE]
-        rows.append([run["source"], f"{run['beta']:g}", steps, rate, run["kind"], *cells])
-    return markdown(["pairs", "β", "steps", "lr", "", *JUDGE], rows)
-
-
 TABLES = {
     "models": lambda content: models_table(published_runs(content)),
-    "answers": answers_table,
     "long": long_table,
     "methods": methods_table,
     "next-token": next_token_table,
-    "judge": judge_table,
 }
 
 

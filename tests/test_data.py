@@ -1,348 +1,230 @@
-"""The text, the generator against its closed form, the parser, batches and pairs files."""
+"""Tokens, parser, metrics, the generator against closed forms, files of pairs, errors and flags."""
 
-import json
+import argparse
 import math
 import os
-import re
+import resource
+import subprocess
+import sys
 from collections import Counter
-from itertools import combinations, product
+from itertools import combinations, islice, product
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import data
+from data import CUT_OFF, END, PAD
+
+GOOD = '{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}'
 
 
-def test_encode_and_decode_are_inverse():
-    assert data.encode("9=4+5") == [9, 11, 4, 10, 5]
-    for text in ("100=50+50", "43=10+30+3", "9=", "0123456789+="):
-        tokens = data.encode(text) + [data.END]
-        assert data.decode([data.PAD] * 2 + tokens + [data.PAD] * 3) == data.decode(tokens) == text
+def test_tokens_and_masks_by_hand():
+    assert data.encode("0123456789+=") == list(range(12)) and (END, PAD) == (12, 13)
+    assert data.decode([4, 10, 5, END, PAD]) == "4+5" and data.decode([END, 1]) == ""
+    assert data.decode([4, 10, 5, PAD]) == "4+5" + CUT_OFF and data.decode([]) == CUT_OFF
+    tokens, mask = data.collate([("9=", "4+5"), ("100=", "0"), ("10=", ""), ("7=", "60" + CUT_OFF)])
+    rows = [9, 11, 4, 10, 5, END], [1, 0, 0, 11, 0, END], [1, 0, 11, END, PAD, PAD]
+    assert tokens.tolist() == [*rows, [7, 11, 6, 0, PAD, PAD]]
+    rows = "..xxxx", "....xx", "...x..", "..xx.."
+    assert mask.tolist() == [[x == "x" for x in row] for row in rows]
+    assert [x.shape for x in data.collate([])] == [(0, 2), (0, 2)]
+    for text in ("9-4", "9=4 5", "9=４+5", "9=4+5\n", f"9={CUT_OFF}4"):
+        with pytest.raises(ValueError):
+            data.collate([("9=", text)])
 
 
-def test_text_without_an_end_token_or_with_padding_inside_is_no_answer():
-    nine, PAD, END = data.encode("9=4+5"), data.PAD, data.END
-    assert data.decode(nine) == data.decode(nine + [PAD]) == "9=4+5…"
-    for tokens in (nine, nine + [PAD], nine + [PAD, END], nine[:2] + [PAD] + nine[2:] + [END]):
-        assert data.parse(data.decode(tokens)) is None
+def test_decode_undoes_collate():
+    examples = data.random_equations(np.random.default_rng(0), 50, range(5, 1000))
+    examples += [(prompt, answer[:-1] + CUT_OFF) for prompt, answer in examples]
+    for row, used, (prompt, answer) in zip(*data.collate(examples), examples):
+        assert data.decode(row[: len(prompt)].tolist()) == prompt + CUT_OFF
+        assert data.decode(row[len(prompt) :].tolist()) == data.decode(row[used].tolist()) == answer
 
 
-@pytest.mark.parametrize("text", ["9-4", "9=4 5", "9=４+5", "9=4+5\n"])
-def test_encode_refuses_other_characters(text):
-    with pytest.raises(ValueError):
-        data.encode(text)
+def test_parse_takes_equations_right_or_wrong_and_nothing_else():
+    assert data.parse("43=10+30+3") == (43, [10, 30, 3]) and data.parse("9=9") == (9, [9])
+    assert data.parse("9=3+3+4") == (9, [3, 3, 4]) and data.parse("5=1+1+1+1+1+1") == (5, [1] * 6)
+    bad = "|9|9=|=4+5|9=+|9=4+|9=+4|9=4++5|9=4+5=9|9=4+05|9=0+9|09=4+5|9=4+5\n| 9=4+5|9=4-5|9=(4)+5"
+    for text in f"{bad}|9=4+5;1|9=4+٥|9=4.0+5|9=1e1|9=4+5{CUT_OFF}|1={CUT_OFF}".split("|"):
+        assert data.parse(text) is None and not data.is_exact(text)
+        assert not data.is_preferred(text, 2) and data.mark(text, 2)[0] == "✗"
 
 
-@pytest.mark.parametrize(
-    "text, parsed",
-    [
-        ("43=10+30+3", (43, [10, 30, 3])),
-        ("9=9", (9, [9])),
-        ("9=3+3+4", (9, [3, 3, 4])),
-        ("5=1+1+1+1+1+1", (5, [1] * 6)),
-    ],
-)
-def test_parse_accepts(text, parsed):
-    assert data.parse(text) == parsed
+def test_metrics_by_hand():
+    """Of eight answers three are right, three are off, by 1, 3 and 7, and two are no equations."""
+    right, off = ["9=3+3+3", "9=4+5", "9=9"], ["9=4+6", "12=3+3+3", "9=1+1"]
+    metrics = data.measure(right + off + ["9=", "9=4+5" + CUT_OFF], 3)
+    assert metrics.pop("counts") == {"1": 1 / 8, "2": 3 / 8, "3": 2 / 8}
+    assert metrics.pop("exact_counts") == {"1": 1 / 8, "2": 1 / 8, "3": 1 / 8}
+    mean = {"n": 8, "mae": (1 + 3 + 7) / 6}
+    assert metrics == mean | {"parse_rate": 6 / 8, "exact": 3 / 8, "preferred": 1 / 8}
+    assert data.measure(["9=", "x"], 3)["mae"] is None
+    parts = ["✓ 9=3+3+3", "2 terms", "1 terms", "+1", "-3", "-7"]
+    for x, part in zip(right + off, parts):
+        assert part in data.mark(x, 3) and data.mark(x, 3)[0] == "✗✓"[data.is_exact(x)]
+        assert (data.is_exact(x), data.is_preferred(x, 3)) == (x in right, x == "9=3+3+3")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "9",
-        "9=",
-        "=4+5",
-        "9=+",
-        "9=4+",
-        "9=+4",
-        "9=4++5",
-        "9=4+5=9",
-        "9=4+05",
-        "9=0+9",
-        "09=4+5",
-        "9=4+5\n",
-        " 9=4+5",
-        "9=4-5",
-        "9=(4)+5",
-        "9=4+5;1",
-        "9=4+٥",
-        "9=4.0+5",
-        "9=1e1",
-    ],
-)
-def test_parse_rejects(text):
-    assert data.parse(text) is None
-
-
-def test_exact_means_that_the_terms_add_up_and_preferred_also_their_number():
-    assert data.is_exact("9=4+5") and data.is_exact("9=9") and data.is_exact("6=1+1+1+1+1+1")
-    for answer in ("9=4+4", "9=4+05", "9=4+5…", "9=", "1=", ""):
-        assert not data.is_exact(answer)
-    assert data.is_preferred("9=3+3+3", 3) and data.is_preferred("9=4+5", 2)
-    for answer in ("9=4+5", "9=3+3+4", "9=1+2+3+3", "9=3+3+3…", "9=+3+6"):
-        assert not data.is_preferred(answer, 3)
-
-
-def chi_square(observed, expected):
-    return sum((observed[key] - expected[key]) ** 2 / expected[key] for key in expected)
+def is_uniform(drawn, every, bound):
+    """Whether just these were drawn, and pass a chi-square test; bounds are for p = 0.001."""
+    counts, mean = Counter(drawn), len(drawn) / len(every)
+    return set(counts) == set(every) and sum((counts[x] - mean) ** 2 for x in every) < bound * mean
 
 
 def test_sums_and_term_counts_are_uniform_and_independent():
-    n = 60_000
-    examples = data.random_equations(np.random.default_rng(1), n, data.seen_sums())
-    parsed = [data.parse(prompt + completion) for prompt, completion in examples]
-    assert all(total == sum(terms) for total, terms in parsed)
-
-    counts = Counter(len(terms) for _, terms in parsed)
-    assert set(counts) == set(data.TERM_COUNTS)
-    assert chi_square(counts, {k: n / 4 for k in data.TERM_COUNTS}) < 16.27  # 3 dof, p = 0.001
-
-    sums = Counter(total for total, _ in parsed)
-    assert set(sums) == set(data.seen_sums())
-    assert chi_square(sums, {s: n / 86 for s in data.seen_sums()}) < 131.0  # 85 dof, p = 0.001
-
-    both = Counter((total, len(terms)) for total, terms in parsed)
-    every = product(sums, counts)
-    assert chi_square(both, {pair: n / 344 for pair in every}) < 429.7  # 343 dof, p = 0.001
+    examples = data.random_equations(np.random.default_rng(1), 60_000, data.seen_sums())
+    seen, both = data.seen_sums().tolist(), [(int(x[:-1]), y.count("+") + 1) for x, y in examples]
+    assert is_uniform([n for n, _ in both], seen, 131.0)
+    assert is_uniform([k for _, k in both], (2, 3, 4, 5), 16.27)
+    assert is_uniform(both, list(product(seen, (2, 3, 4, 5))), 429.7)
 
 
-@pytest.mark.parametrize(
-    "total, k, bound", [(5, 5, 0.001), (12, 2, 29.6), (9, 3, 55.5), (9, 5, 111.1), (11, 4, 172.4)]
-)
+@pytest.mark.parametrize("total, k, bound", [(5, 5, 1), (12, 2, 29.6), (11, 4, 172.4)])
 def test_compositions_are_uniform(total, k, bound):
-    """Against every composition, listed from its cut points; bound: chi-square at p = 0.001."""
-    every = set()
-    for cuts in combinations(range(1, total), k - 1):
-        edges = (0, *cuts, total)
-        every.add("+".join(str(b - a) for a, b in zip(edges, edges[1:])))
-    assert len(every) == math.comb(total - 1, k - 1)
-
-    n = 200 * len(every)
-    sums = np.full(2 * n, total)
-    sums[n:] = 100  # a batch of unequal sums, where cut points past the smaller one exist
-    counts = Counter(data.compositions(np.random.default_rng(2), sums, np.full(2 * n, k))[:n])
-    assert set(counts) == every
-    assert chi_square(counts, {text: n / len(every) for text in every}) < bound
+    """Every composition is listed from its cut points; half of the batch has another sum."""
+    edges = [(0, *cuts, total) for cuts in combinations(range(1, total), k - 1)]
+    every = ["+".join(str(b - a) for a, b in zip(row, row[1:])) for row in edges]
+    sums = np.repeat([total, 100], 200 * len(every))
+    drawn = data.compositions(np.random.default_rng(2), sums, np.full(len(sums), k))
+    assert is_uniform(drawn[: len(sums) // 2], every, bound)
 
 
-def test_entropy_floor_is_the_mean_surprise_of_an_equation():
-    assert data.entropy_floor(range(5, 101)) == pytest.approx(9.18, abs=0.005)
-    n = 9
-    every = [math.comb(n - 1, k - 1) for k in data.TERM_COUNTS]
-    entropy = -sum(number * (1 / 4 / number) * math.log(1 / 4 / number) for number in every)
-    assert data.entropy_floor([n]) == pytest.approx(entropy)
-    # By hand: 2 terms of 5 are one of 4 completions, 3 terms of 9 one of 28; each K has 1/4.
-    examples = [("5=", "2+3"), ("9=", "3+3+3")]
-    assert data.nats_per_equation(examples) == pytest.approx((math.log(16) + math.log(112)) / 2)
+def test_entropy_floor_equals_a_plain_loop_over_the_ways_to_split_a_sum():
+    ways = {(n, 1): 1 for n in range(1, 101)}  # of n into k terms, by the value of the last one
+    for k, n in product((2, 3, 4, 5), range(1, 101)):
+        ways[n, k] = sum(ways[n - last, k - 1] for last in range(1, n))
+    for sums, floor in ((range(5, 101), 9.179), (data.seen_sums().tolist(), 9.163)):
+        kinds = list(product(sums, (2, 3, 4, 5)))
+        expected = sum(math.log(4 * ways[kind]) for kind in kinds) / len(kinds)
+        got = data.entropy_floor([f"{n}=" + "1+" * (k - 1) + f"{n - k + 1}" for n, k in kinds])
+        assert got == pytest.approx(expected) == pytest.approx(floor, abs=5e-4)
 
 
 @pytest.mark.parametrize("max_sum", [20, 100, 999])
 def test_held_out_sums_are_spread_and_never_drawn(max_sum):
     held_out, seen = data.held_out_sums(max_sum), data.seen_sums(max_sum).tolist()
-    assert len(set(held_out)) == 10
-    assert sorted(held_out + seen) == list(range(5, max_sum + 1))
+    assert len(set(held_out)) == 10 and sorted(held_out + seen) == list(range(5, max_sum + 1))
     assert np.diff([5, *held_out, max_sum]).max() <= math.ceil((max_sum - 5) / 10)
-    rng = np.random.default_rng(5)
-    drawn = [prompt for prompt, _ in data.random_equations(rng, 2000, data.seen_sums(max_sum))]
-    assert set(drawn).isdisjoint(f"{n}=" for n in held_out)
+    drawn = data.random_equations(np.random.default_rng(5), 2000, data.seen_sums(max_sum))
+    assert {prompt for prompt, _ in drawn}.isdisjoint(f"{n}=" for n in held_out)
 
 
-def test_held_out_sums_up_to_100():
-    """Slices of 9.5 from 5, each at 0.6 of its width: 10.7, 20.2, ..., 96.2."""
+def test_golden_sums_and_lengths():
     assert data.held_out_sums() == [11, 20, 30, 39, 49, 58, 68, 77, 87, 96]
-
-
-def test_longest_completion_is_reached_and_never_passed():
-    """Against every pattern of term lengths: one of d digits is 10^(d - 1) or more."""
-    patterns = [p for k in data.TERM_COUNTS for p in product((1, 2, 3), repeat=k)]
-    least = [(sum(10 ** (d - 1) for d in p), sum(p) + len(p) - 1) for p in patterns]
-    longest = {top: max(width for total, width in least if total <= top) for top in range(20, 1000)}
-    assert all(width <= data.longest_completion(top) for top, width in longest.items())
-    for top in (100, 999):  # elsewhere room for all terms of the largest one's length is too much
-        assert data.longest_completion(top) == longest[top]
-    sums, counts = np.full(1000, 999), np.full(1000, 5)
-    drawn = data.compositions(np.random.default_rng(3), sums, counts)
-    assert max(map(len, drawn)) == longest[999] == 19
+    assert data.shown_prompts() == ["100=", "57=", "43="]
+    longest = "20+20+20+20+20", "199+200+200+200+200"  # of the sums up to 100, and up to 999
+    assert [data.longest_completion(n) for n in (100, 999)] == [len(x) for x in longest]
 
 
 @pytest.mark.parametrize("preferred", data.TERM_COUNTS)
-def test_pairs_differ_in_form_alone(preferred):
-    """Both sides are right; rejected has each of the other numbers of terms equally often."""
-    n, numbers = 3000, Counter()
-    sums = data.seen_sums()
-    for prompt, chosen, rejected in data.random_pairs(np.random.default_rng(4), n, sums, preferred):
-        total, chosen_terms = data.parse(prompt + chosen)
-        _, rejected_terms = data.parse(prompt + rejected)
-        assert sum(chosen_terms) == sum(rejected_terms) == total in sums
-        assert len(chosen_terms) == preferred
-        numbers[len(rejected_terms)] += 1
-    others = set(data.TERM_COUNTS) - {preferred}
-    assert set(numbers) == others
-    assert chi_square(numbers, {k: n / 3 for k in others}) < 13.82  # 2 dof, p = 0.001
+def test_pairs_are_right_and_rejected_has_each_other_number_of_terms_equally_often(preferred):
+    counts, seen = [], data.seen_sums()
+    for x, chosen, rejected in data.random_pairs(np.random.default_rng(4), 3000, seen, preferred):
+        assert data.is_preferred(x + chosen, preferred) and data.is_exact(x + rejected)
+        assert int(x[:-1]) in seen
+        counts.append(rejected.count("+") + 1)
+    assert is_uniform(counts, {2, 3, 4, 5} - {preferred}, 13.82)
 
 
-def test_collate_aligns_the_equals_signs_and_masks_completions_by_position():
-    tokens, mask = data.collate([("9=", "4+5"), ("100=", "0"), ("10=", "")])
-    END, PAD = data.END, data.PAD
-    assert tokens.tolist() == [
-        [PAD, PAD, PAD, 9, 11, 4, 10, 5, END],
-        [PAD, 1, 0, 0, 11, 0, END, PAD, PAD],
-        [PAD, PAD, 1, 0, 11, END, PAD, PAD, PAD],
-    ]
-    assert mask.tolist() == [
-        [False] * 5 + [True] * 4,
-        [False] * 5 + [True] * 2 + [False] * 2,
-        [False] * 5 + [True] + [False] * 3,
-    ]
-    assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
-    tokens, mask = data.collate([])
-    assert tokens.shape == mask.shape == (0, 6)
+def test_shuffled_forever_gives_each_item_once_a_round():
+    drawn = data.shuffled_forever(np.random.default_rng(0), "abcdefgh")
+    rounds = ["".join(islice(drawn, 8)) for _ in range(50)]
+    assert {"".join(sorted(x)) for x in rounds} == {"abcdefgh"} and len(set(rounds)) > 45
 
 
-def printed(capsys, *flags):
-    """The lines that `python data.py FLAGS` prints."""
-    data.main(data.parse_args(flags))
-    return capsys.readouterr().out.splitlines()
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_pairs_on_the_command_line_can_be_read_back(tmp_path, capsys, encoding):
+    data.main(data.parse_args(["--pairs", "--count", "7", "--seed", "5", "--preferred-terms", "4"]))
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes((capsys.readouterr().out + "\r\n\n").encode(encoding))
+    expected = data.random_pairs(np.random.default_rng(5), 7, data.seen_sums(), 4)
+    assert data.read_pairs(path, 100) == expected and capsys.readouterr().out == ""
+    path.write_text("\n".join(GOOD.replace("9=", f"{n}=") for n in (9, 11, 200)))
+    assert len(data.read_pairs(path, 100)) == 3
+    assert "[11, 200]" in capsys.readouterr().out
+
+
+BAD = ["{", "[" * 100_000, "1" * 5000, "[1, 2]", "null", '{"prompt": "9=", "chosen": "3+3+3"}']
+BAD += [GOOD.replace("4+5", x) for x in ("3+3+3", "9=4+5", "4+5\\n", "4-5", "1+" * 7 + "1", "…")]
+BAD += [GOOD.replace('"4+5"', x) for x in ('["4+5"]', "45", "null")]
+BAD += [GOOD.replace('"9="', x) for x in ('"9"', '"09="', '"1000="', '"9=\\n"', "9", '"="')]
+
+
+def test_unusable_pairs_are_named_by_file_and_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    for line in BAD:
+        path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
+        with pytest.raises(data.InputError) as error:
+            data.read_pairs(path, 100)
+        assert f"{path}, line 3 " in str(error.value) and "\n" not in str(error.value), line
+    for content in (b"", b"\n\n", b"\xff\xfe", b"\xff" + GOOD.encode()):
+        path.write_bytes(content)
+        with pytest.raises(data.InputError):
+            data.read_pairs(path, 100)
+    path.write_text(GOOD.replace("4+5", "1+" * 6 + "11"))  # exactly as long as there is room for
+    assert data.read_pairs(path, 100) == [("9=", "3+3+3", "1+" * 6 + "11")]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path, (soft, hard) = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    data.atomic_write(path, b"before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as if the disk were full
+    try:
+        with pytest.raises(OSError):
+            data.atomic_write(path, b"x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"before"
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old").write_text("old"), os.mkfifo("fifo"), os.mkdir("folder")
+    data.check_writable("old", "new", "deep/er/new")
+    for path in ("folder", "folder/", "", "fifo", "/dev/null", "old/below"):
+        with pytest.raises(OSError if path == "old/below" else data.InputError):
+            data.check_writable("new", path)
+    assert Path("old").read_text() == "old" and not any(Path("deep/er").iterdir())
+    assert set(os.listdir()) == {"old", "fifo", "folder", "deep"}
 
 
 def test_equations_on_the_command_line(capsys):
-    """More than are drawn at once, and as many as asked for."""
-    lines = printed(capsys, "--count", "1003", "--seed", "5", "--max-sum", "30")
-    assert len(lines) == 1003 and all(map(data.is_exact, lines)) and len(set(lines)) > 500
-    sums = {data.parse(line)[0] for line in lines}
-    assert sums == set(range(5, 31)) - set(data.held_out_sums(30))
-    assert printed(capsys, "--count", "7", "--seed", "5") != printed(capsys, "--count", "7")
-    assert printed(capsys, "--count", "7", "--seed", "0") == printed(capsys, "--count", "7")
-    assert len(printed(capsys, "--count", "7", "--seed", "4294967295")) == 7
+    data.main(data.parse_args(["--count=999", "--max-sum=30"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 999 and all(map(data.is_exact, lines))
+    assert {data.parse(line)[0] for line in lines} == set(data.seen_sums(30).tolist())
 
 
-def test_pairs_printed_on_the_command_line_can_be_read_back(tmp_path, capsys):
-    flags = ("--pairs", "--count", "7", "--seed", "5", "--preferred-terms", "4")
-    lines = printed(capsys, *flags)
-    assert all(list(json.loads(line)) == ["prompt", "chosen", "rejected"] for line in lines)
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    pairs = data.read_pairs(path, 19)
-    assert pairs == data.random_pairs(np.random.default_rng(5), 7, data.seen_sums(), 4)
+def test_bad_flags_are_refused(capsys):
+    bad = [f"--count={x}" for x in ("0", "1e3", "nan", "1.0", "", "100001", "9" * 5000)]
+    bad += ["--max-sum=19", "--max-sum=1000", "--preferred-terms=6", "--seed=-1", f"--seed={2**32}"]
+    for flag in bad:
+        with pytest.raises(SystemExit) as error:
+            data.parse_args([flag])
+        assert error.value.code == 2 and flag[:6] in capsys.readouterr().err.splitlines()[-1]
+    assert [data.number(float, 0, 1)(text) for text in ("0", "1e-3", "1")] == [0, 0.001, 1]
+    for text in ("nan", "inf", "-inf", "1.001", "-0.001", "x", ""):
+        with pytest.raises(argparse.ArgumentTypeError):
+            data.number(float, 0, 1)(text)
 
 
-GOOD = '{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}'
+def test_errors_of_a_script_end_in_a_status_and_one_line(capsys):
+    def fail():
+        raise error
+
+    for error in (data.InputError("bad"), OSError(2, "bad"), KeyboardInterrupt()):
+        with pytest.raises(SystemExit) as stop:
+            data.run_script(fail)
+        err, interrupted = capsys.readouterr().err, isinstance(error, KeyboardInterrupt)
+        assert (stop.value.code, err.count("\n")) == ((130, 0) if interrupted else (2, 1))
+        assert str(error) in err
 
 
-@pytest.mark.parametrize(
-    "line, complaint",
-    [
-        ("{", "Expecting property name"),
-        ("", "Expecting value"),
-        ("[" * 100_000, "recursion"),
-        ("1" * 5000, "integer string conversion"),
-        ("[1, 2]", "exactly the keys prompt, chosen, rejected"),
-        ('{"prompt": "9=", "chosen": "3+3+3"}', "exactly the keys"),
-        (GOOD.replace("}", ', "note": "x"}'), "exactly the keys"),
-        (GOOD.replace("3+3+3", "3+x+3"), "chosen must be at most 19 characters"),
-        (GOOD.replace("4+5", "4+5\\n"), r"not '4+5\n'"),
-        (GOOD.replace('"4+5"', '["4+5"]'), "prompt, chosen and rejected must be strings"),
-        (GOOD.replace('"4+5"', "45"), "prompt, chosen and rejected must be strings"),
-        (GOOD.replace("4+5", "1+" * 10), "rejected must be at most 19 characters"),
-        (GOOD.replace("9=", "9"), "prompt must be a sum up to 999 and ="),
-        (GOOD.replace("9=", "09="), "prompt must be a sum"),
-        (GOOD.replace("9=", "1000="), "prompt must be a sum"),
-        (GOOD.replace('"9="', "9"), "prompt, chosen and rejected must be strings"),
-    ],
-    ids=lambda text: text[:60],
-)
-def test_bad_pairs_are_named_by_file_and_line(tmp_path, line, complaint):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
-    with pytest.raises(data.InputError) as error:
-        data.read_pairs(path, 19)
-    assert f"{path}, line 2: " in str(error.value) and complaint in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_pairs_file_must_exist_hold_text_and_a_pair(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    with pytest.raises(data.InputError, match=re.escape(f"cannot read the pairs file {path}")):
-        data.read_pairs(path, 19)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(data.InputError, match=re.escape(f"cannot read the pairs file {path}")):
-        data.read_pairs(path, 19)
-    path.write_text("")
-    with pytest.raises(data.InputError, match="holds no pair"):
-        data.read_pairs(path, 19)
-    path.write_text(GOOD.replace("4+5", "1+" * 9 + "1"))  # exactly as long as there is room for
-    assert data.read_pairs(path, 19) == [("9=", "3+3+3", "1+" * 9 + "1")]
-
-
-def test_files_are_replaced_together_or_not_at_all(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_text("before")
-    for failure in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(failure), data.replacing(one, two) as files:
-            for file in files:
-                file.write(b"half")
-            raise failure
-        assert one.read_text() == "before" and list(tmp_path.iterdir()) == [one]
-    with data.replacing(one, two) as files:
-        for file, text in zip(files, (b"1", b"2")):
-            file.write(text)
-        assert one.read_text() == "before" and not two.exists()
-    assert one.read_text() == "1" and two.read_text() == "2"
-    assert sorted(tmp_path.iterdir()) == [one, two]
-
-
-def test_a_file_that_cannot_be_written_is_named_before_any_work(tmp_path):
-    one, folder, file = tmp_path / "one", tmp_path / "folder", tmp_path / "file"
-    device = tmp_path / "device"
-    folder.mkdir(), file.write_text("in the way"), os.mkfifo(device)
-    for path in (folder, file / "below", device):
-        with pytest.raises(data.InputError, match=re.escape(f"cannot write {one} or {path}: ")):
-            with data.replacing(one, path):
-                pytest.fail("the block is not entered")
-    assert sorted(tmp_path.iterdir()) == [device, file, folder] and device.is_fifo()
-    assert file.read_text() == "in the way"
-
-
-def test_two_processes_that_write_the_same_file_do_not_meet(tmp_path):
-    """Each leaves a whole file, and the last one to end wins."""
-    path = tmp_path / "deep" / "out"
-    with data.replacing(path) as [file]:
-        file.write(b"mine")
-        file.flush()
-        child = os.fork()
-        if child == 0:
-            try:
-                with data.replacing(path) as [its_file]:
-                    its_file.write(b"its")
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
-        assert path.read_text() == "its"
-    assert path.read_text() == "mine" and list(path.parent.iterdir()) == [path]
-
-
-def test_what_is_not_kept_is_not_written(tmp_path):
-    path = tmp_path / "out"
-    with data.replacing(path, tmp_path / "other", keep=False) as files:
-        for file in files:
-            file.write(b"nothing")
-        assert list(tmp_path.iterdir()) == []
-    assert list(tmp_path.iterdir()) == [] and os.path.exists(os.devnull)
-
-
-@pytest.mark.parametrize(
-    "flags, complaint",
-    [
-        (["--count", "0"], "--count: invalid positive_int value: '0'"),
-        (["--max-sum", "19"], "--max-sum: 19 is not from 20 to 999"),
-        (["--max-sum", "1000"], "--max-sum: 1000 is not from 20 to 999"),
-        (["--preferred-terms", "6"], "--preferred-terms: invalid choice: 6"),
-        (["--seed", "-1"], "--seed: invalid seed value: '-1'"),
-    ],
-)
-def test_bad_flags_are_refused(flags, complaint, capsys):
-    with pytest.raises(SystemExit) as error:
-        data.parse_args(flags)
-    assert error.value.code == 2 and complaint in capsys.readouterr().err
+def test_an_ascii_terminal_gets_question_marks():
+    code = "import data; data.run_script(lambda: print('\u2713') or open('\u2713'))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    folder = os.path.dirname(data.__file__)
+    script = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, cwd=folder)
+    assert script.returncode == 2 and script.stdout == b"?\n"
+    assert script.stderr.startswith(b"-c: error: ") and script.stderr.count(b"\n") == 1

@@ -1,19 +1,23 @@
-"""The README says what published.json says, shows figures that exist, and names real flags."""
+"""The pages say what published.json says, show code and figures that exist, and name real flags."""
 
+import ast
+import inspect
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
 
 import data
 import evaluate
 import train_dpo
 import train_sft
-from plots import tables
+from plots import lesson, tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "plots" / "RESULTS.md").read_text(encoding="utf-8")
+PUBLISHED = json.loads(tables.PUBLISHED.read_text())
 SCRIPTS = {
     "data.py": data,
     "train_sft.py": train_sft,
@@ -22,41 +26,54 @@ SCRIPTS = {
 }
 
 
-def test_every_table_and_number_is_the_one_of_published_json():
-    published = json.loads(tables.PUBLISHED.read_text())
-    assert tables.fill(README, published) == README, "make publish writes them anew"
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda path: path.name)
+def test_tables_are_those_of_published_json(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.fill(text, PUBLISHED) == text, "make publish writes them anew"
+    assert "<!-- table" in text
 
 
-def test_tables_are_made_of_json_alone():
-    without = "import sys; sys.modules['torch'] = None; from plots import tables; "
-    command = [sys.executable, "-c", without + "print(tables.published_models())"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert printed.strip() in README
+def test_the_readme_shows_the_loss_as_it_is():
+    """All of dpo_loss but its docstring."""
+    source = inspect.getsource(train_dpo.dpo_loss)
+    docstring = ast.parse(source).body[0].body[0]
+    lines = source.splitlines()
+    shown = lines[: docstring.lineno - 1] + lines[docstring.end_lineno :]
+    assert "```python\n" + "\n".join(shown) + "\n```" in README
 
 
-def test_no_measured_number_stands_outside_of_a_marker():
-    """Decimal fractions in prose are settings (β, shares of flags) or come from published.json."""
-    text = re.sub(r"<!-- .*?<!-- end -->", "", README, flags=re.DOTALL)
-    text = re.sub(r"```.*?```|`[^`]*`|\d{4}\.\d{4,5}", "", text, flags=re.DOTALL)
-    settings = {"0.8", "9.17", "3.11"}
-    assert set(re.findall(r"\d+\.\d+", text)) <= settings
+def test_printed_equations_and_the_pair_are_those_of_the_command(capsys):
+    for flags in ("--count 4", "--pairs --count 1"):
+        data.main(data.parse_args(flags.split()))
+        assert f"$ python data.py {flags}\n{capsys.readouterr().out}" in README
 
 
-def test_make_and_the_readme_train_what_is_published():
-    """Each with the learning rate that the lesson found best for it: online's is the default."""
-    makefile = (ROOT / "Makefile").read_text()
-    methods = json.loads(tables.PUBLISHED.read_text())["methods"]
-    flags = {model: methods[method]["flags"] for model, method in tables.MODELS.items()}
-    default = flags.pop("dpo").split()
-    assert vars(train_dpo.parse_args(default)) == vars(train_dpo.parse_args([]))
-    for model in flags:
-        assert f"FLAGS_{model} := {flags[model]}\n" in makefile
-        assert f"python train_dpo.py {flags[model]} --out runs/{model}.pt\n" in README
+@pytest.mark.parametrize("model", [model for model in tables.MODELS if model != "sft"])
+def test_make_and_the_readme_train_what_is_published(model):
+    """Each with the settings and the learning rate that the lesson found best for it."""
+    makefile, out = (ROOT / "Makefile").read_text(), f"runs/{model}.pt"
+    settings = PUBLISHED["methods"][tables.MODELS[model]]["settings"]
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    in_makefile = re.search(rf"^FLAGS_{model} := (.*)$", makefile, re.MULTILINE)
+    in_readme = re.search(rf"python train_dpo.py (.*--out {out})", README)
+    for found in (in_makefile, in_readme):
+        shown = found[1].split() if found else []
+        assert vars(train_dpo.parse_args([*shown, "--out", out])) == vars(
+            train_dpo.parse_args([*flags, "--out", out])
+        )
+
+
+def test_every_published_method_is_one_of_the_lesson_over_all_its_seeds():
+    for name, method in PUBLISHED["methods"].items():
+        assert {k: v for k, v in method["settings"].items() if k != "lr"} in lesson.METHODS[name]
+        assert [run["seed"] for run in method["runs"]] == list(lesson.SEEDS)
 
 
 def test_every_figure_and_file_exists():
-    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    for path in linked + re.findall(r"`([a-z_]+\.py)`", README):
+    for folder, page in ((ROOT, README), (ROOT / "plots", RESULTS)):
+        for path in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+            assert (folder / path).is_file(), path
+    for path in re.findall(r"`([a-z_]+\.py)`", README):
         assert (ROOT / path).is_file(), path
 
 
