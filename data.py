@@ -228,9 +228,9 @@ def read_pairs(path, max_sum):
             raise InputError(f"{path}, line {i} is not a usable pair: {error}") from None
     if not pairs:
         raise InputError(f"{path} holds no pair; data.py --pairs > {path} writes some")
-    unseen = {int(prompt[:-1]) for prompt, _, _ in pairs} - set(seen_sums(max_sum).tolist())
+    unseen = [prompt for prompt, _, _ in pairs if int(prompt[:-1]) not in seen_sums(max_sum)]
     if unseen:
-        print(f"Warning: {path} has sums that SFT was not trained on: {sorted(unseen)}")
+        print(f"Warning: {len(unseen)} of {len(pairs)} pairs have sums that SFT never had.")
     return pairs
 
 
@@ -284,7 +284,7 @@ def check_writable(*paths):
     for path in paths:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
-            raise InputError(f"cannot write {path!r}: it is a folder or a device")
+            raise InputError(f"cannot write {path!r}; give the name of a file")
         Path(f"{path}.tmp").touch()
         os.remove(f"{path}.tmp")
 
