@@ -141,10 +141,7 @@ def positions_of(tokens):
 
 
 def completion_logps(model, tokens, completion_mask):
-    """Summed log-probability of each completion, log pi(y|x) in nats: (B,).
-
-    tokens (B, T), completion_mask (B, T).
-    """
+    """log pi(y|x), summed over each completion, in nats: tokens and mask (B, T) -> (B,)."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T - 1)
     inputs = inputs.masked_fill(targets == PAD, PAD)  # nothing comes after the last token
     targets = targets.masked_fill(~completion_mask[:, 1:], PAD)
@@ -173,9 +170,8 @@ def generate(model, prompts, greedy=False, generator=None):
         done = t
         if greedy:
             drawn = logits.argmax(1)
-        else:
-            probabilities = logits.softmax(1).nan_to_num(1)  # a diverged model answers with noise
-            drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        else:  # a diverged model answers with noise
+            drawn = torch.multinomial(logits.softmax(1).nan_to_num(1), 1, generator=generator)[:, 0]
         tokens[alive, t] = drawn = drawn.where(t >= starts[alive], tokens[alive, t])
         growing = ((drawn != END) & (t + 1 < starts[alive] + longest)).nonzero()[:, 0]
         alive = alive[growing]
