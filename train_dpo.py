@@ -172,7 +172,7 @@ def main(args):
     rank, world = join_processes()
     if rank == 0:
         print(f"Pairs: {args.pairs}. The classic choice is --pairs offline.")
-    check_writable(args.out, log_path(args.out))
+        check_writable(args.out, log_path(args.out))
     torch.manual_seed(args.seed * world + rank)  # for sampled answers
     rng = np.random.default_rng(args.seed)
 

@@ -81,7 +81,8 @@ def orthogonalise(x):
 def main(args):
     # ---- setup
     rank, world = join_processes()
-    check_writable(args.out, log_path(args.out))
+    if rank == 0:
+        check_writable(args.out, log_path(args.out))
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
 
