@@ -115,11 +115,11 @@ def refused(script, flags, capsys):
 
 
 BAD = {
-    train_sft: "--steps 0|--lr nan|--width 10|--max-sum 12|--seed -1|--device x|--out ''|--out runs"
-    f"|--out /dev/null/x.pt|--out /dev/null|--lr 1e30 {TINY} --steps 9",
+    train_sft: "--steps 0|--lr 1e30|--width 10|--max-sum 12|--seed -1|--device x|--out ''|--out runs"
+    f"|--out /dev/null/x.pt|--out /dev/null|--lr 1e9 {TINY} --steps 9",
     train_dpo: "--preferred-terms 6|--beta 0|--label-smoothing 0.5|--loss x|--sft runs/none.pt"
-    "|--sft mine.jsonl|--pairs none|--pairs runs|--pairs ''|--lr 1e30 --steps 1|--out ''|--out runs"
-    "|--lr 1e30 --steps 9 --pairs mine.jsonl|--out /dev/null/x.pt|--out runs/sft.pt"
+    "|--sft mine.jsonl|--pairs none|--pairs runs|--pairs ''|--lr 1e9 --steps 1|--out ''|--out runs"
+    "|--lr 1e9 --steps 9 --pairs mine.jsonl|--out /dev/null/x.pt|--out runs/sft.pt"
     "|--out plots/../runs/sft.pt|--out runs/sft|--pairs mine.jsonl --out mine.jsonl"
     "|--pairs mine.jsonl --out mine.pt",
     evaluate: "--ask 0|--ask 9,x|--ask 1000|--ask ''|--samples 0|runs/none.pt|runs/sft.jsonl"
@@ -131,6 +131,7 @@ BAD = {
 def test_bad_input_ends_in_one_line_and_harms_no_file(script, flags, capsys):
     complaint = refused(script, flags, capsys)
     assert any(word.removesuffix("/x.pt") in complaint for word in shlex.split(flags))
+    assert ("1e9" in flags) == ("not finite" in complaint)
 
 
 def test_models_of_other_tasks_or_references_are_refused(capsys, tmp_path):
@@ -209,7 +210,7 @@ def make(project, *targets):
 def test_a_fresh_copy_installs_trains_four_models_and_evaluates_them(project):
     assert make(project)[0] == ["install", *MODELS, "evaluate"]
     jobs, words = make(project, "quick")
-    assert jobs == ["install", *MODELS, "evaluate"]
+    assert jobs == ["install", *MODELS, "evaluate"] and "plots" not in words
     assert all(".venv/" in word or "runs/quick" in word for word in words if "/" in word)
 
 
