@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,22 @@ def test_tables_are_those_of_published_json(page):
     text = page.read_text(encoding="utf-8")
     assert tables.fill(text, PUBLISHED) == text, "make publish writes them anew"
     assert "<!-- table" in text
+
+
+def test_numbers_in_sentences_are_rounded_means_over_the_seeds():
+    runs = tables.published_runs(PUBLISHED)
+    mean = {
+        (model, metric): f"{statistics.mean(run['sampled'][metric] for run in runs[model]):.2f}"
+        for model in runs
+        for metric in ("exact", "preferred")
+    }
+    for sentence in (
+        f"exact answers falls from {mean['sft', 'exact']} to {mean['dpo_offline', 'exact']}.",
+        f"chosen answers: {mean['dpo_offline_nll', 'preferred']} of the answers are preferred.",
+        f"writes it: {mean['dpo', 'preferred']} of the answers are preferred, and "
+        f"{mean['dpo', 'exact']} are exact.",
+    ):
+        assert sentence in " ".join(README.split()), sentence
 
 
 def test_the_readme_shows_the_loss_as_it_is():
