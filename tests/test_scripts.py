@@ -115,7 +115,7 @@ def refused(script, flags, capsys):
 
 
 BAD = {
-    train_sft: "--steps 0|--lr 1e30|--width 10|--max-sum 12|--seed -1|--device x|--out ''|--out runs"
+    train_sft: "--steps 0|--lr 1e30|--width 10|--max-sum 9|--seed -1|--device x|--out ''|--out runs"
     f"|--out /dev/null/x.pt|--out /dev/null|--lr 1e9 {TINY} --steps 9",
     train_dpo: "--preferred-terms 6|--beta 0|--label-smoothing 0.5|--loss x|--sft runs/none.pt"
     "|--sft mine.jsonl|--pairs none|--pairs runs|--pairs ''|--lr 1e9 --steps 1|--out ''|--out runs"
