@@ -282,11 +282,14 @@ def make_parser(description):
 def check_writable(*paths):
     """Finds out before any work whether atomic_write can write the paths; makes their folders."""
     for path in paths:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
             raise InputError(f"cannot write {path!r}; give the name of a file")
-        Path(f"{path}.tmp").touch()
-        os.remove(f"{path}.tmp")
+        try:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            Path(f"{path}.tmp").touch()
+            os.remove(f"{path}.tmp")
+        except OSError as error:
+            raise InputError(f"cannot write {path!r}: {error}") from None
 
 
 def atomic_write(path, content):
