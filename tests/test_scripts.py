@@ -153,7 +153,7 @@ def test_results_of_two_files_of_one_name_even_if_a_figure_cannot_be_written(tmp
     refused(evaluate, f"runs/sft.pt {tmp_path}/sft.pt --samples 1 --plots-dir {tmp_path}", capsys)
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["models"]) == {"runs/sft", f"{tmp_path}/sft"}
-    with pytest.raises(OSError):
+    with pytest.raises(data.InputError):
         run(evaluate, "--plots-dir mine.jsonl")
     assert capsys.readouterr().out == ""
 
