@@ -228,7 +228,8 @@ def read_pairs(path, max_sum):
             raise InputError(f"{path}, line {i} is not a usable pair: {error}") from None
     if not pairs:
         raise InputError(f"{path} holds no pair; data.py --pairs > {path} writes some")
-    unseen = [prompt for prompt, _, _ in pairs if int(prompt[:-1]) not in seen_sums(max_sum)]
+    seen = seen_sums(max_sum)
+    unseen = [prompt for prompt, _, _ in pairs if int(prompt[:-1]) not in seen]
     if unseen:
         print(f"Warning: {len(unseen)} of {len(pairs)} pairs have sums that SFT never had.")
     return pairs

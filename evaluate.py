@@ -126,6 +126,11 @@ def read_log(path, steps):
     return []
 
 
+def training_seconds(log):
+    """The seconds of a run, from its log; None without one."""
+    return next((record["seconds"] for record in reversed(log) if "seconds" in record), None)
+
+
 def load_reference(path, models, saved, device):
     """The reference; InputError if one of the models was trained from another."""
     reference, _ = load_checkpoint(path, device)
@@ -151,8 +156,7 @@ def main(args):
         generator = torch.Generator(args.device).manual_seed(args.seed)
         sampled = answer(model, sums, generator=generator)
         result = evaluate(model, reference, sampled, terms, args.seed)
-        seconds = [record["seconds"] for record in logs[name] if "seconds" in record]
-        result |= {"args": saved[name], "seconds": seconds[-1] if seconds else None}
+        result |= {"args": saved[name], "seconds": training_seconds(logs[name])}
         results["models"][name] = result
         print(f"\n{name}: some answers, and some of its mistakes")
         for equation in result["answers"] + result["mistakes"]:

@@ -183,6 +183,7 @@ def main(args):
 
     # ---- data: pairs, new in every step unless they come from a file
     max_sum, terms = policy.config.max_sum, args.preferred_terms
+    sums = seen_sums(max_sum)
     if args.pairs in SOURCES:
         source = SOURCES[args.pairs]
     else:
@@ -221,7 +222,7 @@ def main(args):
 
         # ---- batch: one draw for all processes, of which each takes its part
         if args.pairs in SOURCES:
-            written = random_pairs(rng, args.batch_size, seen_sums(max_sum), terms)
+            written = random_pairs(rng, args.batch_size, sums, terms)
         else:
             written = [next(next_pairs) for _ in range(args.batch_size)]
         pairs, unpaired = source(written[rank::world], policy, reference, terms)

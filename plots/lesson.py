@@ -68,8 +68,8 @@ def run(settings, seed):
         with open(os.devnull, "w") as nowhere:
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 script.main(script.parse_args(flags))
-    policy, args = load_checkpoint(str(out))
-    reference, _ = load_checkpoint(str(sft))
+    policy, args = load_checkpoint(out)
+    reference, _ = load_checkpoint(sft)
     result = {"seed": seed, "settings": settings, "p": None, "gap": None}
     if settings:
         p = torch.tensor(run({}, seed)["p"], dtype=torch.float64)
@@ -77,8 +77,7 @@ def run(settings, seed):
         p = yardstick.preferred_shares(reference, 3)
         result |= {"p": p.tolist(), "gap": gap_to_floor(policy)}
     result |= study(policy, reference, p, seed, SAMPLES if seed in SEEDS else SAMPLES // 5)
-    seconds = [r["seconds"] for r in evaluate.read_log(str(out), args["steps"]) if "seconds" in r]
-    result["seconds"] = seconds[-1]
+    result["seconds"] = evaluate.training_seconds(evaluate.read_log(out, args["steps"]))
     atomic_write(result_file, json.dumps(result).encode())
     return result
 

@@ -17,12 +17,6 @@ from plots import figures
 PLOTS = Path(__file__).parent
 PUBLISHED = PLOTS / "published.json"
 PAGES = (PLOTS.parent / "README.md", PLOTS / "RESULTS.md")
-MODELS = {  # the four models of the README: a method of published.json
-    "sft": "SFT",
-    "dpo_offline": "offline",
-    "dpo_offline_nll": "offline + NLL",
-    "dpo": "mistakes",
-}
 
 
 def three_terms(result, terms=3):
@@ -103,10 +97,10 @@ def models_table(runs, terms=3):
 
 
 def published_runs(content):
-    """{model of the README: its results over the seeds}."""
+    """{model of the README: its results over the seeds}; its label is the name of its method."""
     methods = {name: method["runs"] for name, method in content["methods"].items()}
     methods["SFT"] = content["sft"]
-    return {model: methods[method] for model, method in MODELS.items()}
+    return {model: methods[figures.label(model)] for model in figures.MODELS}
 
 
 def long_table(content):

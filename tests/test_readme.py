@@ -13,7 +13,7 @@ import data
 import evaluate
 import train_dpo
 import train_sft
-from plots import lesson, tables
+from plots import figures, lesson, tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,11 +65,11 @@ def test_printed_equations_and_the_pair_are_those_of_the_command(capsys):
         assert f"$ python data.py {flags}\n{capsys.readouterr().out}" in README
 
 
-@pytest.mark.parametrize("model", [model for model in tables.MODELS if model != "sft"])
+@pytest.mark.parametrize("model", [model for model in figures.MODELS if model != "sft"])
 def test_make_and_the_readme_train_what_is_published(model):
     """Each with the settings and the learning rate that the lesson found best for it."""
     makefile, out = (ROOT / "Makefile").read_text(), f"runs/{model}.pt"
-    settings = PUBLISHED["methods"][tables.MODELS[model]]["settings"]
+    settings = PUBLISHED["methods"][figures.label(model)]["settings"]
     flags = [f"--{name}={value}" for name, value in settings.items()]
     in_makefile = re.search(rf"^FLAGS_{model} := (.*)$", makefile, re.MULTILINE)
     in_readme = re.search(rf"python train_dpo.py (.*--out {out})", README)
