@@ -11,7 +11,7 @@ PLOTS := plots
 
 # What sets each run apart from the defaults. The rates are those that the lesson found best.
 FLAGS_dpo_offline := --pairs offline --lr 3e-4
-FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1
+FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1 --lr 1e-3
 
 DPO := dpo_offline dpo_offline_nll dpo
 MODELS := $(RUNS)/sft.pt $(DPO:%=$(RUNS)/%.pt)

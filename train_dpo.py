@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import DEVICES, MIN_SUM, TERM_COUNTS, InputError, add_up, check_writable
 from data import collate, is_preferred, join_processes, log_path, make_parser, mark, measure, number
-from data import random_pairs, read_pairs, run_script, seen_sums, shown_prompts, shuffled_forever
+from data import random_pairs, read_pairs, run_script, seen_sums, shown_sums, shuffled_forever
 from model import completion_logps, fingerprint, generate, load_checkpoint, save_checkpoint
 
 EVEN_LOOKS = 16  # measurements a run, evenly spaced; those at steps 0, 1, 2, 4, ... come before
@@ -129,7 +129,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--steps", type=number(int, 1), default=500, help="updates of the weights")
     add("--batch-size", type=number(int, 1), default=128, help="prompts a step")
-    add("--lr", type=number(float, 1e-9), default=1e-3, help="highest learning rate")
+    add("--lr", type=number(float, 1e-9), default=3e-3, help="highest learning rate")
     add("--sft", default="runs/sft.pt", help="checkpoint to start from, and the reference")
     add("--preferred-terms", type=int, choices=TERM_COUNTS, default=3, help="to be preferred")
     add("--pairs", default="mistakes", help=f"{', '.join(SOURCES)}, or a file of JSON lines")
@@ -157,13 +157,13 @@ def look(policy, reference, terms):
     """
     device, max_sum = policy.head.weight.device, policy.config.max_sum
     generator = torch.Generator(device).manual_seed(LOOK_SEED)
-    prompts = [f"{n}=" for n in range(MIN_SUM, max_sum + 1)] * LOOK_SAMPLES
-    prompts += shown_prompts(max_sum)
+    sums = [*range(MIN_SUM, max_sum + 1)] * LOOK_SAMPLES + shown_sums(max_sum)
+    prompts = [f"{n}=" for n in sums]
     examples = list(zip(prompts, generate(policy, prompts, generator=generator)))
     batch = [x.to(device) for x in collate(examples)]
     kl = (completion_logps(policy, *batch) - completion_logps(reference, *batch)).mean().item()
     equations = ["".join(example) for example in examples]
-    marks = [mark(equation, terms) for equation in equations[-len(shown_prompts()) :]]
+    marks = [mark(equation, terms) for equation in equations[-len(shown_sums()) :]]
     return measure(equations, terms) | {"kl": kl}, marks
 
 
@@ -215,9 +215,9 @@ def main(args):
         if step == args.steps:
             break
 
-        # ---- learning rate: it rises, then falls to zero
+        # ---- learning rate: it rises, stays, and falls to zero over the last 70 %
         started = time.perf_counter()
-        lr = args.lr * min((step + 1) / warmup, 1 - step / args.steps)
+        lr = args.lr * min((step + 1) / warmup, 1, (1 - step / args.steps) / 0.7)
         optimizer.param_groups[0]["lr"] = lr
 
         # ---- batch: one draw for all processes, of which each takes its part

@@ -192,7 +192,8 @@ def dpo_by_hand(args, world=1):
             logged.append([x.item() for x in (loss, *rewards, margin, margin > 0, *logps)])
         if losses:
             rise, fall = (step + 1) / max(1, round(0.05 * args.steps)), 1 - step / args.steps
-            update(sum(losses) / B, parameters, [optimizer], args.lr * min(rise, fall))
+            lr = args.lr * min(rise, 1, fall / 0.7)
+            update(sum(losses) / B, parameters, [optimizer], lr)
         cubes = [(n + 1) * (n + 2) * (n + 3) for n in range(step + 1)]  # n^3, but for its start
         for kept, new in zip(average.parameters(), parameters):
             kept.data += (new.data - kept.data) * cubes[-1] / sum(cubes)
