@@ -143,9 +143,9 @@ def seen_sums(max_sum=DEFAULT_MAX_SUM):
     return np.setdiff1d(np.arange(MIN_SUM, max_sum + 1), held_out_sums(max_sum))
 
 
-def shown_prompts(max_sum=DEFAULT_MAX_SUM):
-    """The prompts whose answers the scripts print: 100=, 57= and 43=, or their like."""
-    return [f"{round(share * max_sum)}=" for share in (1, 0.57, 0.43)]
+def shown_sums(max_sum=DEFAULT_MAX_SUM):
+    """The sums whose answers the scripts print: 100, 57 and 43, or their like."""
+    return [round(share * max_sum) for share in (1, 0.57, 0.43)]
 
 
 def entropy_floor(equations):
@@ -261,15 +261,11 @@ def number(kind, low, high=1_000_000_000):
     """An argparse type: an int or a float from `low` to `high`."""
 
     def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
-        return value
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
 
+    convert.__name__ = kind.__name__  # for "invalid int value"
     return convert
 
 
@@ -285,12 +281,9 @@ def check_writable(*paths):
     for path in paths:
         if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
             raise InputError(f"cannot write {path!r}; give the name of a file")
-        try:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            Path(f"{path}.tmp").touch()
-            os.remove(f"{path}.tmp")
-        except OSError as error:
-            raise InputError(f"cannot write {path!r}: {error}") from None
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        Path(f"{path}.tmp").touch()
+        os.remove(f"{path}.tmp")
 
 
 def atomic_write(path, content):

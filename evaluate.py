@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data import DEVICES, MIN_SUM, InputError, atomic_write, check_writable, collate, held_out_sums
-from data import is_exact, log_path, make_parser, mark, measure, number, run_script, shown_prompts
+from data import is_exact, log_path, make_parser, mark, measure, number, run_script, shown_sums
 from model import completion_logps, fingerprint, generate, load_checkpoint
 from plots import figures, tables
 
@@ -62,20 +62,19 @@ def logps_of(model, equations):
     return torch.cat(logps).cpu()
 
 
-def evaluate(model, reference, sampled, terms, seed):
-    """Metrics of a model's sampled answers and of greedy ones, its KL in nats, and some answers."""
+def evaluate(model, sampled, logratios, terms, seed):
+    """Metrics of sampled answers with their log-ratios, and of greedy ones; some of the answers."""
     generator = torch.Generator(model.head.weight.device).manual_seed(seed)
     max_sum = model.config.max_sum
     held_out = tuple(f"{n}=" for n in held_out_sums(max_sum))
     greedy = answer(model, range(MIN_SUM, max_sum + 1), greedy=True)
-    shown = [int(prompt[:-1]) for prompt in shown_prompts(max_sum)]
     wrong = [equation for equation in sampled if not is_exact(equation)]
     return {
         "sampled": measure(sampled, terms),
         "held out": measure([e for e in sampled if e.startswith(held_out)], terms),
         "greedy": measure(greedy, terms),
-        "kl": (logps_of(model, sampled) - logps_of(reference, sampled)).mean().item(),
-        "answers": answer(model, shown, generator=generator),
+        "kl": logratios.mean().item(),
+        "answers": answer(model, shown_sums(max_sum), generator=generator),
         "mistakes": np.random.default_rng(seed).permutation(wrong)[:3].tolist(),
     }
 
@@ -155,7 +154,8 @@ def main(args):
     for name, model in models.items():
         generator = torch.Generator(args.device).manual_seed(args.seed)
         sampled = answer(model, sums, generator=generator)
-        result = evaluate(model, reference, sampled, terms, args.seed)
+        logratios = logps_of(model, sampled) - logps_of(reference, sampled)
+        result = evaluate(model, sampled, logratios, terms, args.seed)
         result |= {"args": saved[name], "seconds": training_seconds(logs[name])}
         results["models"][name] = result
         print(f"\n{name}: some answers, and some of its mistakes")

@@ -76,18 +76,6 @@ def test_positions_are_distances_from_the_first_equals_sign():
     assert [GPTConfig(max_sum=n).block_size for n in (100, 999)] == [4 + 14 + 4 + 1, 4 + 19 + 4 + 1]
 
 
-def test_no_position_sees_what_comes_after_it(model):
-    """Where a column is changed, the logits before it stay, but its own and all later ones move."""
-    tokens, _ = collate([("100=", "50+50"), ("43=", "10+30+3"), ("9=", "3+3+3")])
-    used, before = tokens != PAD, model(tokens)
-    for t in range(tokens.shape[1]):
-        changed = tokens.clone()
-        changed[:, t] = (tokens[:, t] + 1) % 11  # another token
-        after = model(changed.where(used, PAD), positions_of(tokens))
-        assert torch.allclose(after[:, :t], before[:, :t], atol=1e-12)
-        assert ((after - before).abs().amax(2) > 1e-4)[:, t:][used[:, t:]].all()
-
-
 def examples_of_all_kinds():
     """Not sorted by length; digits 0; empty, cut off, and of all the columns that there are."""
     examples = random_equations(np.random.default_rng(0), 50, range(5, 21))
@@ -113,19 +101,6 @@ def test_a_fresh_model_guesses_uniformly_and_token_id_zero_counts():
     batch = collate([("10=", answer) for answer in ("4+5", "0", "00", "", "0" + CUT_OFF, CUT_OFF)])
     logps = completion_logps(GPT(GPTConfig(depth=1, width=16, heads=2)), *batch)
     assert logps.tolist() == pytest.approx([-n * math.log(13) for n in (4, 2, 3, 1, 1, 0)])
-
-
-def test_gradients_of_a_batch_equal_the_sum_of_those_of_its_rows(model):
-    examples = examples_of_all_kinds()
-    weights = torch.arange(1.0, len(examples) + 1, dtype=torch.float64)  # no row is like another
-    model.zero_grad()
-    (weights @ completion_logps(model, *collate(examples))).backward()
-    together = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    for weight, example in zip(weights, examples):
-        (weight * completion_logps(model, *collate([example]))).sum().backward()
-    for p, gradient in zip(model.parameters(), together):
-        assert torch.allclose(p.grad, gradient, atol=1e-7) and gradient.abs().amax() > 1e-3
 
 
 def test_no_rows_give_no_logps_no_answers_and_zero_gradients(model):
@@ -173,13 +148,6 @@ def test_samples_follow_the_models_probabilities_in_every_column(model):
     for (x, expected, variance), summed in product(cases, (0, (0, 1))):
         off = ((x - expected) * alive).sum(summed)
         assert (off.square() <= 25 * (variance * alive).sum(summed) + 1e-3).all()
-
-
-def test_the_same_seed_gives_the_same_samples(model):
-    state = torch.get_rng_state()
-    once = sample(model, PROMPTS * 10)
-    assert once == sample(model, PROMPTS * 10) != sample(model, PROMPTS * 10, seed=1)
-    assert len(set(once[::6])) > 1 and torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_diverged_model_still_answers():
