@@ -8,6 +8,7 @@ import os
 
 import matplotlib.style
 import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 
 from data import atomic_write
@@ -131,42 +132,6 @@ def smooth(values, window=9):
     return [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-CURVES = {  # key in a record of the log: axis label
-    "rewards/accuracies": "pair accuracy (new pairs)",
-    "rewards/margins": "reward margin (β × nats)",
-    "loss": "loss (nats per pair)",
-}
-OWN_CURVES = {  # key in a look at the policy's own answers
-    "preferred": "own answers: preferred",
-    "exact": "own answers: exact",
-    "kl": "own answers: KL from SFT (nats)",
-}
-
-
-def draw_curves(logs):
-    """What DPO tooling shows (above) and what the policy itself answers (below), over the steps."""
-    figure = Figure(figsize=(10, 5.6))
-    grid = figure.subplots(2, 3, sharex=True)
-    for name, log in logs.items():
-        style = {"color": colour(name, logs), "label": label(name)}
-        for axes, key in zip(grid[0], CURVES):
-            records = [record for record in log if key in record]
-            values = smooth([record[key] for record in records])
-            axes.plot([record["step"] for record in records], values, **style)
-        looks = [record for record in log if "own" in record]
-        for axes, key in zip(grid[1], OWN_CURVES):
-            axes.plot([r["step"] for r in looks], [r["own"][key] for r in looks], **style)
-    for axes, title in zip(grid.flat, [*CURVES.values(), *OWN_CURVES.values()]):
-        axes.set_title(title)
-    for axes in (grid[0, 0], grid[1, 0], grid[1, 1]):
-        axes.set_ylim(0, 1.05)
-    for axes in grid[1]:
-        step_axis(axes, max(log[-1]["step"] for log in logs.values()))
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(logs))
-    return figure
-
-
 MASS_COLOURS = ["#332288", "#88CCEE", "#DDCC77", "#CC6677", "#888888"]  # Tol's muted ones
 
 
@@ -213,6 +178,31 @@ def draw_mass(logs, terms):
     return figure
 
 
+def save_animation(logs, terms, folder):
+    """The histograms of the policy's own answers over the steps, as a GIF; returns its path."""
+    looks = {name: [r for r in log if "own" in r] for name, log in logs.items()}
+    width = 1 + 3.1 * len(logs)
+    figure = Figure(figsize=(width, 3.8), layout="none")  # else every frame is laid out anew
+    figure.subplots_adjust(0.75 / width, 0.14, 1 - 0.05 / width, 0.88, wspace=0.06)
+    row = figure.subplots(1, len(logs), sharey=True, squeeze=False)[0]
+
+    def draw(frame):
+        for axes, (name, records) in zip(row, looks.items()):
+            axes.clear()
+            record = records[min(frame, len(records) - 1)]
+            title = f"{label(name)}, step {record['step']}"
+            draw_histogram(axes, record["own"], title, colour(name, logs), terms, 5)
+        row[0].set_ylabel("share of the policy's own answers (%)")
+        row[0].legend(loc="upper right")
+
+    path = os.path.join(folder, "dist.gif")
+    frames = [*range(max(map(len, looks.values())))]
+    animation = FuncAnimation(figure, draw, frames + frames[-1:] * 3)  # a pause at the end
+    animation.save(f"{path}.tmp.gif", PillowWriter(fps=3), dpi=60)
+    os.replace(f"{path}.tmp.gif", path)
+    return path
+
+
 def draw_all(results, logs, folder):
     """Every figure that these results and logs have the material for; returns their paths."""
     dpo_logs = {name: log for name, log in logs.items() if any("own" in r for r in log)}
@@ -221,9 +211,9 @@ def draw_all(results, logs, folder):
         if logs.get("sft"):
             paths.append(save(draw_sft(logs["sft"]), folder, "sft_gap"))
         if dpo_logs:
-            paths.append(save(draw_curves(dpo_logs), folder, "dpo_curves"))
             terms = results["task"]["preferred_terms"]
             paths.append(save(draw_mass(dpo_logs, terms), folder, "mass"))
+            paths.append(save_animation(dpo_logs, terms, folder))
     return paths
 
 
@@ -240,30 +230,64 @@ METHOD_MARKERS = {"NLL": "s", "smoothed": "^", "IPO": "v"}
 
 
 def draw_frontier(published):
-    """Share of preferred answers against KL: the least that any policy pays, and the methods."""
-    figure = Figure(figsize=(8, 4.6))
-    axes = figure.subplots()
+    """Share of preferred answers against KL: the least that any policy pays, and the methods.
+
+    Marks are the ends of all runs, enlarged on the right. A line is the path of a run.
+    """
+    figure = Figure(figsize=(10, 5))
+    axes, close_up = figure.subplots(1, 2, width_ratios=(1.5, 1))
     shares, kls = np.array(published["frontier"]["curve"]).T
-    axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
+    for part in (axes, close_up):
+        part.plot(kls, 100 * shares, color="black", label="frontier: least KL")
+        for name, method in published["methods"].items():
+            color = METHOD_COLOURS[name.replace(",", "").split(" ")[0]]
+            marker = next((m for word, m in METHOD_MARKERS.items() if word in name), "o")
+            face = "none" if marker != "o" else color
+            style = {"edgecolors": color, "facecolors": face, "marker": marker, "s": 26}
+            kl = [run["kl"] for run in method["runs"]]
+            preferred = [100 * run["sampled"]["preferred"] for run in method["runs"]]
+            part.scatter(kl, preferred, label=name, zorder=3, **style)
+    for name in ("offline", "offline + NLL", "mistakes"):
+        looks = published["methods"][name]["runs"][0]["looks"]
+        kl, preferred = [r["kl"] for r in looks], [100 * r["preferred"] for r in looks]
+        style = {"color": METHOD_COLOURS[name.split(" ")[0]], "linewidth": 0.9}
+        axes.plot(kl, preferred, linestyle=":" if "NLL" in name else "-", **style)
     for n, share, kl in published["frontier"]["best of n"]:
         axes.plot(kl, 100 * share, marker="x", color="black", linestyle="none")
         offset, side = ((6, -9), "left") if n <= 8 else ((-6, 2), "right")
-        style = {"textcoords": "offset points", "fontsize": 8}
-        axes.annotate(f"best of {n}", (kl, 100 * share), offset, ha=side, **style)
-    for name, method in published["methods"].items():
-        kl = [run["kl"] for run in method["runs"]]
-        preferred = [100 * run["sampled"]["preferred"] for run in method["runs"]]
-        color = METHOD_COLOURS[name.replace(",", "").split(" ")[0]]
-        marker = next((m for word, m in METHOD_MARKERS.items() if word in name), "o")
-        face = "none" if marker != "o" else color
-        style = {"edgecolors": color, "facecolors": face, "marker": marker, "s": 28}
-        axes.scatter(kl, preferred, label=name, **style)
+        style = {"textcoords": "offset points", "ha": side, "fontsize": 8}
+        axes.annotate(f"best of {n}", (kl, 100 * share), offset, **style)
     axes.set_xscale("symlog", linthresh=2)
     axes.set_xticks([0, 0.5, 1, 1.5, 2, 5, 10, 20], ["0", "0.5", "1", "1.5", "2", "5", "10", "20"])
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 30)
+    axes.set_ylim(0, 104)
     axes.set_xlabel("KL from SFT (nats, logarithmic from 2 on)")
     axes.set_ylabel("preferred answers (%)")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    close_up.set_xlim(1.2, 1.8)
+    close_up.set_ylim(96, 100)
+    close_up.set_xlabel("KL from SFT (nats)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def draw_rewards(runs, beta):
+    """Mean rewards of the two sides of offline pairs, a dot a seed; the ceiling of the chosen."""
+    figure = Figure(figsize=(8, 2.4))
+    chosen, rejected = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1))
+    models = [model for model in runs if model != "sft"]
+    for axes, side in ((chosen, "chosen"), (rejected, "rejected")):
+        for i, model in enumerate(models):
+            rewards = [beta * run["offline pairs"][side] for run in runs[model]]
+            axes.plot(rewards, [i] * len(rewards), "o", color=colour(model, runs), alpha=0.7)
+        axes.axvline(0, color="#888888", linewidth=1)
+        axes.set_xlabel(f"mean reward of the {side} side (β × nats)")
+    ceiling = [beta * run["offline pairs"]["ceiling"] for run in runs[models[0]]]
+    chosen.axvline(np.mean(ceiling), color="black", linestyle="--")
+    chosen.annotate(
+        "ceiling", (np.mean(ceiling), 0.5), (-4, 0), ha="right", textcoords="offset points"
+    )
+    chosen.set_yticks(range(len(models)), [label(model) for model in models])
+    chosen.set_ylim(len(models) - 0.5, -0.5)
     return figure
 
 
@@ -293,4 +317,5 @@ def draw_published(published, runs, folder):
     """The figures of many runs; `runs` maps the models of the README to their results."""
     with matplotlib.style.context(["default", STYLE]):
         save(draw_frontier(published), folder, "frontier")
+        save(draw_rewards(runs, 0.8), folder, "rewards")
         save(draw_next_token(runs), folder, "next_token")

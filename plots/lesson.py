@@ -49,7 +49,7 @@ METHODS = {  # name: settings, each tried at every rate; all else is the default
 SAMPLES = 100  # answers to every sum; a fifth of them where only the rate is chosen
 OUTSIDE = [2, 3, 4, *range(101, 111)]  # sums that training never has
 EQUATIONS, EQUATION_SEED = 20_000, 1_000_004  # on which the gap of SFT is measured
-TOKEN_PAIRS, TOKEN_SEED = 2000, 1_000_003  # whose rejected answers are looked at token by token
+PAIRS, PAIR_SEED = 2000, 1_000_003  # offline pairs whose two sides every model is asked about
 BEST_OF = (2, 4, 8, 16)
 
 
@@ -77,7 +77,12 @@ def run(settings, seed):
         p = yardstick.preferred_shares(reference, 3)
         result |= {"p": p.tolist(), "gap": gap_to_floor(policy)}
     result |= study(policy, reference, p, seed, SAMPLES if seed in SEEDS else SAMPLES // 5)
-    result["seconds"] = evaluate.training_seconds(evaluate.read_log(out, args["steps"]))
+    log = evaluate.read_log(out, args["steps"])
+    result["seconds"] = evaluate.training_seconds(log)
+    if settings:
+        looks = [record for record in log if "own" in record]
+        kept = ("kl", "preferred", "exact")
+        result["looks"] = [{"step": r["step"]} | {k: r["own"][k] for k in kept} for r in looks]
     atomic_write(result_file, json.dumps(result).encode())
     return result
 
@@ -87,8 +92,8 @@ def study(policy, reference, p, seed, samples):
     generator = torch.Generator().manual_seed(seed)
     sums = np.arange(MIN_SUM, DEFAULT_MAX_SUM + 1)
     sampled = evaluate.answer(policy, np.repeat(sums, samples), generator=generator)
-    result = evaluate.evaluate(policy, reference, sampled, 3, seed)
     logratios = evaluate.logps_of(policy, sampled) - evaluate.logps_of(reference, sampled)
+    result = evaluate.evaluate(policy, sampled, logratios, 3, seed)
     preferred = torch.tensor([is_preferred(equation, 3) for equation in sampled])
     shape = len(sums), samples
     result["kl parts"] = yardstick.split_kl(logratios.view(shape), preferred.view(shape), p)
@@ -97,7 +102,22 @@ def study(policy, reference, p, seed, samples):
     for name, asked in (("largest", [DEFAULT_MAX_SUM] * 10), ("outside", OUTSIDE)):
         answers = evaluate.answer(policy, np.repeat(asked, samples), generator=generator)
         result[name] = measure(answers, 3)["exact"]
-    return result | {"next token": next_token(policy)}
+    seen = seen_sums(policy.config.max_sum)
+    pairs = random_pairs(np.random.default_rng(PAIR_SEED), PAIRS, seen, 3)
+    asked = torch.tensor([int(prompt[:-1]) for prompt, _, _ in pairs])
+    ceiling = -p[asked - MIN_SUM].log().mean().item()  # of the chosen side
+    result["offline pairs"] = logratios_of(policy, reference, pairs) | {"ceiling": ceiling}
+    return result | {"next token": next_token(policy, pairs)}
+
+
+def logratios_of(policy, reference, pairs):
+    """Mean log pi - log pi_ref in nats of the chosen and of the rejected side of pairs."""
+    means = {}
+    for i, side in enumerate(("chosen", "rejected"), start=1):
+        equations = [pair[0] + pair[i] for pair in pairs]
+        logratios = evaluate.logps_of(policy, equations) - evaluate.logps_of(reference, equations)
+        means[side] = logratios.mean().item()
+    return means
 
 
 def gap_to_floor(policy):
@@ -108,12 +128,11 @@ def gap_to_floor(policy):
 
 
 @torch.no_grad()
-def next_token(policy):
-    """Mean probabilities of the next token in rejected answers of the generator, which are right.
+def next_token(policy, pairs):
+    """Mean probabilities of the next token in the rejected side of pairs, which is right.
 
     After the last digit, where the sum is complete, and before it.
     """
-    pairs = random_pairs(np.random.default_rng(TOKEN_SEED), TOKEN_PAIRS, seen_sums(), 3)
     tokens, _ = collate([(prompt, rejected) for prompt, _, rejected in pairs])
     probabilities = policy(tokens).softmax(-1)  # (B, T, V)
     rows, ends = torch.arange(len(pairs)), (tokens == END).nonzero()[:, 1]

@@ -130,7 +130,46 @@ def next_token_table(content):
     return markdown(["", *columns], [row(figures.label(m), columns, runs[m]) for m in runs])
 
 
+COMPARISONS = [  # two methods and a column, of which the first has less or more
+    ("imitation", "mistakes + NLL", "above the frontier"),
+    ("offline + NLL", "mistakes + NLL", "above the frontier"),
+    ("mistakes", "mistakes + NLL", "above the frontier"),
+    ("mistakes", "offline + NLL", "preferred"),
+    ("mistakes", "offline + NLL", "exact"),
+    ("mistakes + NLL", "imitation", "preferred"),
+    ("online", "mistakes", "preferred"),
+]
+T_95 = 2.776  # the 97.5 % quantile of Student's t for the differences of five seeds
+
+
+def differences_table(content):
+    """Mean differences of two methods over the seeds, with 95 % intervals."""
+    rows = []
+    for one, other, metric in COMPARISONS:
+        a, b = (
+            [METHOD[metric](r) for r in content["methods"][name]["runs"]] for name in (one, other)
+        )
+        differences = [x - y for x, y in zip(a, b)]
+        mean = statistics.mean(differences)
+        half = T_95 * statistics.stdev(differences) / len(differences) ** 0.5
+        verdict = "none seen" if abs(mean) <= half else "yes"
+        interval = f"{mean - half:+.3f} to {mean + half:+.3f}"
+        rows.append([f"{one} − {other}", metric, f"{mean:+.3f}", interval, verdict])
+    return markdown(["difference", "of", "mean", "95 % interval", "different"], rows)
+
+
+def looks_table(content):
+    """The policy's own answers at the first steps of the classic pairs and at the last one."""
+    keys, rows = ("preferred", "exact", "kl"), []
+    for looks in zip(*(run["looks"] for run in content["methods"]["offline"]["runs"])):
+        cells = [cell([look[key] for look in looks]) for key in keys]
+        rows.append([str(looks[0]["step"]), *cells])
+    return markdown(["step", "preferred", "exact", "KL (nats)"], rows[:9] + rows[-1:])
+
+
 TABLES = {
+    "differences": differences_table,
+    "looks": looks_table,
     "models": lambda content: models_table(published_runs(content)),
     "long": long_table,
     "methods": methods_table,

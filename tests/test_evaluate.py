@@ -54,6 +54,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(train_sft, "LOOKS", 6)
+        patch.setattr(train_dpo, "EVEN_LOOKS", 4)
         patch.setitem(figures.STYLE, "figure.dpi", 40)
         run(train_sft, *shape, "--steps", 120, "--batch-size", 64, "--lr", 0.03)
         run(train_dpo, "--batch-size", 32, "--steps", 9)
@@ -96,7 +97,8 @@ def test_answers_and_logps_keep_their_order_over_several_chunks(dpo, monkeypatch
 def test_metrics_are_those_of_answers_drawn_here(dpo, sft, results):
     """The script draws the answers with its seed, and then measures just these."""
     sampled = draw(dpo, np.repeat(SUMS, 4), 5)
-    result = evaluate.evaluate(dpo, sft, sampled, 3, 5)
+    ratios = evaluate.logps_of(dpo, sampled) - evaluate.logps_of(sft, sampled)
+    result = evaluate.evaluate(dpo, sampled, ratios, 3, 5)
     held_out = [e for e in sampled if int(e.split("=")[0]) in held_out_sums(20)]
     greedy = generate(dpo, [f"{n}=" for n in SUMS], greedy=True)
     assert len(held_out) == 40 and 0 < result["sampled"]["exact"] < 1
@@ -120,7 +122,7 @@ def random_model(seed, max_sum=20):
     return model
 
 
-def test_kl_of_answers_is_within_five_standard_errors_of_the_exact_one(sft):
+def test_kl_of_answers_is_within_five_standard_errors_of_the_exact_one():
     """Of two Markov chains."""
     model, reference = random_model(0), random_model(1)
     longest = model.config.block_size - 4  # tokens of an answer that does not end
@@ -135,9 +137,7 @@ def test_kl_of_answers_is_within_five_standard_errors_of_the_exact_one(sft):
     answers = draw(model, np.repeat(SUMS, 200), 0)
     ratios = evaluate.logps_of(model, answers) - evaluate.logps_of(reference, answers)
     error = 5 * ratios.std().item() / math.sqrt(len(answers))
-    result = evaluate.evaluate(model, reference, answers, 3, 0)
-    assert result["kl"] == pytest.approx(exact, abs=error) and error < 0.2 * exact
-    assert evaluate.evaluate(sft, sft, FIVE, 3, 0)["kl"] == 0  # from itself
+    assert ratios.mean().item() == pytest.approx(exact, abs=error) and error < 0.2 * exact
 
 
 # ---- the yardstick ---------------------------------------------------------------------------
@@ -153,6 +153,19 @@ def test_preferred_shares_by_enumeration(sft, monkeypatch):
         for found, equations in ((of_two, twos), (shares, threes)):
             expected = sum(math.exp(plain_logp(sft, equation)) for equation in equations)
             assert found[n - 5].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_chosen_logratio_has_a_ceiling(dpo, sft):
+    """E[log pi/pi_ref] = log(s/p) - KL(ref_E || pi_E) <= -log p over preferred answers of ref."""
+    p, s = yardstick.preferred_shares(sft, 3), yardstick.preferred_shares(dpo, 3)
+    for n in (6, 9, 12):
+        equations = [f"{n}={a}+{b}+{n - a - b}" for a in range(1, n) for b in range(1, n - a)]
+        ref, pi = (evaluate.logps_of(model, equations).double() for model in (sft, dpo))
+        ref_e, pi_e = ref - p[n - 5].log(), pi - s[n - 5].log()  # given E
+        mean = (ref_e.exp() * (pi - ref)).sum().item()
+        kl = (ref_e.exp() * (ref_e - pi_e)).sum()
+        assert mean == pytest.approx(((s / p)[n - 5].log() - kl).item(), abs=1e-6)
+        assert kl > 1e-4 and mean < -p[n - 5].log().item()
 
 
 def test_all_preferred_answers_up_to_100_are_enumerated(monkeypatch):
@@ -262,7 +275,7 @@ def test_bars_and_shares_by_hand():
 
 
 def images(folder):
-    return {path.stem: hash(path.read_bytes()) for path in folder.glob("*.png")}
+    return {path.name: hash(path.read_bytes()) for path in folder.glob("*.[pg][ni][gf]")}
 
 
 def test_figures_of_any_models_whatever_the_users_settings(folder, results, tmp_path):
@@ -274,15 +287,15 @@ def test_figures_of_any_models_whatever_the_users_settings(folder, results, tmp_
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "savefig.dpi": 10}):
         figures.draw_all(results, logs, tmp_path)
     assert images(tmp_path) == images(folder / "plots")
-    assert images(tmp_path).keys() == {"dist", "sft_gap", "dpo_curves", "mass"}
+    assert images(tmp_path).keys() == {"dist.png", "dist.gif", "sft_gap.png", "mass.png"}
     (alone := tmp_path / "alone").mkdir()
     results = results | {"models": {"try": {"sampled": measure(["9=+", "5="], 3)}}}
     figures.draw_all(results, {"try": logs["dpo"]}, alone)
-    assert images(alone).keys() == {"dist", "dpo_curves", "mass"}
+    assert images(alone).keys() == {"dist.png", "dist.gif", "mass.png"}
 
 
 def test_the_lesson_against_plain_loops_and_what_is_made_of_it(dpo, sft, tmp_path, monkeypatch):
-    for name, value in {"EQUATIONS": 20, "TOKEN_PAIRS": 20, "DEFAULT_MAX_SUM": 20}.items():
+    for name, value in {"EQUATIONS": 20, "PAIRS": 20, "DEFAULT_MAX_SUM": 20}.items():
         monkeypatch.setattr(lesson, name, value)
     examples = random_equations(np.random.default_rng(lesson.EQUATION_SEED), 20, seen_sums())
     ways = [4 * math.comb(int(x[:-1]) - 1, y.count("+")) for x, y in examples]
@@ -290,14 +303,18 @@ def test_the_lesson_against_plain_loops_and_what_is_made_of_it(dpo, sft, tmp_pat
     assert lesson.gap_to_floor(dpo) == pytest.approx(np.mean(nats), abs=1e-4)
     p = yardstick.preferred_shares(sft, 3)
     study = lesson.study(dpo, sft, p, 5, 8)
-    kinds = []
-    for x, _, y in random_pairs(np.random.default_rng(lesson.TOKEN_SEED), 20, seen_sums(), 3):
+    kinds, sides = [], []
+    for x, chosen, y in random_pairs(np.random.default_rng(lesson.PAIR_SEED), 20, seen_sums(20), 3):
+        ratios = [plain_logp(dpo, x + side) - plain_logp(sft, x + side) for side in (chosen, y)]
+        sides.append([*ratios, -math.log(p[int(x[:-1]) - 5])])
         (last, before), (_, after) = plain_rows(dpo, x + y)[-2:]
         before, after = np.exp(before), np.exp(after)
         digits, right = before[:10].sum(), before[last]
         kinds.append([after[12], after[10], after[:10].sum(), right, digits - right])
     expected = dict(zip(tables.NEXT_TOKEN, np.mean(kinds, axis=0)))
     assert study["next token"] == pytest.approx(expected, abs=1e-5)
+    expected = dict(zip(("chosen", "rejected", "ceiling"), np.mean(sides, axis=0)))
+    assert study["offline pairs"] == pytest.approx(expected, abs=1e-4)
     generator, asked = torch.Generator().manual_seed(5), (SUMS, [20] * 10, lesson.OUTSIDE)
     drawn = [evaluate.answer(dpo, np.repeat(sums, 8), generator=generator) for sums in asked]
     exact = [[is_exact(equation) for equation in answers] for answers in drawn]
@@ -307,17 +324,20 @@ def test_the_lesson_against_plain_loops_and_what_is_made_of_it(dpo, sft, tmp_pat
     good = torch.tensor([is_preferred(equation, 3) for equation in drawn[0]]).view(16, 8)
     ratios = evaluate.logps_of(dpo, drawn[0]) - evaluate.logps_of(sft, drawn[0])
     assert study["kl parts"] == yardstick.split_kl(ratios.view(16, 8), good, p)
-    result = study | {"gap": 1.0, "seconds": None}
+    looks = [{"step": step, "kl": step, "preferred": 0.1 * step, "exact": 1.0} for step in range(3)]
+    result = study | {"gap": 1.0, "seconds": None, "looks": looks}
     method = {"settings": {"pairs": "offline", "lr": 1e-3}, "runs": [result, result]}
     content = {"sft": [result], "methods": dict.fromkeys(lesson.METHODS, method)}
     content |= {"frontier": lesson.frontier([{"p": p.tolist()}])}
     runs = tables.published_runs(content)
     page = "kept\n" + "".join(f"<!-- table {x} -->\nSTALE\n<!-- end -->\n" for x in tables.TABLES)
     page = tables.fill(page, content)
-    start = f"kept\n<!-- table models -->\n{tables.models_table(runs)}\n<!-- end -->\n<!-- table "
-    assert page.startswith(start) and "STALE" not in page and tables.fill(page, content) == page
+    models = f"<!-- table models -->\n{tables.models_table(runs)}\n<!-- end -->\n"
+    assert page.startswith("kept\n<!-- table ") and models in page and "STALE" not in page
+    assert tables.fill(page, content) == page
     figures.draw_published(content, runs, tmp_path)
-    assert images(tmp_path).keys() == {"frontier", "next_token"}
+    drawn = ("frontier", "rewards", "next_token")
+    assert images(tmp_path).keys() == {f"{name}.png" for name in drawn}
 
 
 def test_cells_and_rows_by_hand():
@@ -329,3 +349,17 @@ def test_cells_and_rows_by_hand():
     assert table[3] == "| try | 0.400 | 0.200 | 0.400 | 0.667 | 0.600 | 0.500 |  |"
     assert "1.000 ± 0.707" in table[2] and tables.exact_three_terms(one) == 0.5
     assert tables.exact_three_terms({"sampled": measure(["9=4+5"], 3)}) is None
+
+
+def test_intervals_of_differences_by_hand():
+    """Of 0.1, 0.2, ... 0.5: 0.3 +- 2.776 x 0.1581 / sqrt(5)."""
+
+    def runs(values):
+        of_answers = [{"preferred": x, "exact": x} for x in values]
+        return [{"sampled": x, "kl parts": {"excess": x["exact"]}} for x in of_answers]
+
+    methods = {name: {"runs": runs([0.5] * 5)} for name in lesson.METHODS}
+    methods["imitation"] = {"runs": runs([0.6, 0.7, 0.8, 0.9, 1])}
+    rows = tables.differences_table({"methods": methods}).splitlines()
+    start = "| imitation − mistakes + NLL | above the frontier | +0.300 | +0.104 to +0.496 |"
+    assert rows[2] == f"{start} yes |" and rows[5].endswith("| +0.000 to +0.000 | none seen |")
