@@ -196,9 +196,10 @@ def save_animation(logs, terms, folder):
         row[0].legend(loc="upper right")
 
     path = os.path.join(folder, "dist.gif")
-    frames = [*range(max(map(len, looks.values())))]
-    animation = FuncAnimation(figure, draw, frames + frames[-1:] * 3)  # a pause at the end
-    animation.save(f"{path}.tmp.gif", PillowWriter(fps=3), dpi=60)
+    last = max(map(len, looks.values())) - 1
+    frames = [*range(min(8, last)), *range(8, last, 3), *[last] * 3]  # and a pause at the end
+    animation = FuncAnimation(figure, draw, frames)
+    animation.save(f"{path}.tmp.gif", PillowWriter(fps=3), dpi=70)
     os.replace(f"{path}.tmp.gif", path)
     return path
 

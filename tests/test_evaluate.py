@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(train_sft, "LOOKS", 6)
-        patch.setattr(train_dpo, "EVEN_LOOKS", 4)
+        patch.setattr(train_dpo, "EVEN_LOOKS", 1)
         patch.setitem(figures.STYLE, "figure.dpi", 40)
         run(train_sft, *shape, "--steps", 120, "--batch-size", 64, "--lr", 0.03)
         run(train_dpo, "--batch-size", 32, "--steps", 9)
@@ -282,7 +282,7 @@ def test_figures_of_any_models_whatever_the_users_settings(folder, results, tmp_
     """The log that is cut short is left out, and so is one of another number of steps."""
     steps = {"sft": 120, "dpo": 9, "try": 4}
     logs = {name: evaluate.read_log(str(folder / f"runs/{name}.pt"), steps[name]) for name in steps}
-    assert [len(log) for log in logs.values()] == [6, 19, 0]
+    assert [len(log) for log in logs.values()] == [6, 15, 0]
     assert len(evaluate.read_log(str(folder / "runs/dpo.pt"), 10)) == 0
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "savefig.dpi": 10}):
         figures.draw_all(results, logs, tmp_path)

@@ -48,6 +48,10 @@ def test_numbers_in_sentences_are_rounded_means_over_the_seeds():
         f"{mean['dpo', 'exact']} are exact.",
     ):
         assert sentence in " ".join(README.split()), sentence
+    ceiling = statistics.mean(run["offline pairs"]["ceiling"] for run in runs["dpo_offline"])
+    log = f"(see the README), and {mean['dpo_offline', 'exact']} of the answers are right."
+    for sentence in (f"which is {0.8 * ceiling:.2f} here, whatever the loss", log):
+        assert sentence in " ".join(RESULTS.split()), sentence
 
 
 def test_the_readme_shows_the_loss_as_it_is():
