@@ -1,7 +1,7 @@
 # make           everything: .venv, SFT, three DPO runs, a table, and figures in plots/
 # make quick     the same with 20 steps each, in runs/quick: to see whether all works here
 # make test      the linter and the tests
-# make lesson    the runs behind plots/RESULTS.md (an hour; resumes where it stopped)
+# make lesson    the runs behind plots/RESULTS.md (an hour or two; resumes where it stopped)
 # make publish   the lesson, then the tables and figures of both pages
 # make clean     forget the trained models (.venv stays)
 
