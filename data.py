@@ -261,9 +261,10 @@ def number(kind, low, high=1_000_000_000):
     """An argparse type: an int or a float from `low` to `high`."""
 
     def convert(text):
-        if not low <= kind(text) <= high:
+        value = kind(text)
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
+        return value
 
     convert.__name__ = kind.__name__  # for "invalid int value"
     return convert

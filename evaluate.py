@@ -62,6 +62,11 @@ def logps_of(model, equations):
     return torch.cat(logps).cpu()
 
 
+def logratios_of(model, reference, equations):
+    """log pi - log pi_ref in nats of the completion of each equation: (equations,)."""
+    return logps_of(model, equations) - logps_of(reference, equations)
+
+
 def evaluate(model, sampled, logratios, terms, seed):
     """Metrics of sampled answers with their log-ratios, and of greedy ones; some of the answers."""
     generator = torch.Generator(model.head.weight.device).manual_seed(seed)
@@ -154,7 +159,7 @@ def main(args):
     for name, model in models.items():
         generator = torch.Generator(args.device).manual_seed(args.seed)
         sampled = answer(model, sums, generator=generator)
-        logratios = logps_of(model, sampled) - logps_of(reference, sampled)
+        logratios = logratios_of(model, reference, sampled)
         result = evaluate(model, sampled, logratios, terms, args.seed)
         result |= {"args": saved[name], "seconds": training_seconds(logs[name])}
         results["models"][name] = result

@@ -157,13 +157,14 @@ def look(policy, reference, terms):
     """
     device, max_sum = policy.head.weight.device, policy.config.max_sum
     generator = torch.Generator(device).manual_seed(LOOK_SEED)
-    sums = [*range(MIN_SUM, max_sum + 1)] * LOOK_SAMPLES + shown_sums(max_sum)
+    shown = shown_sums(max_sum)
+    sums = [*range(MIN_SUM, max_sum + 1)] * LOOK_SAMPLES + shown
     prompts = [f"{n}=" for n in sums]
     examples = list(zip(prompts, generate(policy, prompts, generator=generator)))
     batch = [x.to(device) for x in collate(examples)]
     kl = (completion_logps(policy, *batch) - completion_logps(reference, *batch)).mean().item()
     equations = ["".join(example) for example in examples]
-    marks = [mark(equation, terms) for equation in equations[-len(shown_sums()) :]]
+    marks = [mark(equation, terms) for equation in equations[-len(shown) :]]
     return measure(equations, terms) | {"kl": kl}, marks
 
 

@@ -116,6 +116,11 @@ def draw_sft(log):
     return figure
 
 
+def looks_of(log):
+    """The records that measure the policy's own answers."""
+    return [record for record in log if "own" in record]
+
+
 def step_axis(axes, last):
     """Logarithmic from step 1 on, so that the first hundred steps can be seen."""
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
@@ -160,7 +165,7 @@ def draw_mass(logs, terms):
         top.plot([record["step"] for record in pairs], accuracy, color="black")
         top.set_ylim(0, 105)
         top.set_title(label(name))
-        looks = [record for record in log if "own" in record]
+        looks = looks_of(log)
         kinds = [mass(record["own"], terms) for record in looks]
         bottom.stackplot(
             [record["step"] for record in looks],
@@ -180,7 +185,7 @@ def draw_mass(logs, terms):
 
 def save_animation(logs, terms, folder):
     """The histograms of the policy's own answers over the steps, as a GIF; returns its path."""
-    looks = {name: [r for r in log if "own" in r] for name, log in logs.items()}
+    looks = {name: looks_of(log) for name, log in logs.items()}
     width = 1 + 3.1 * len(logs)
     figure = Figure(figsize=(width, 3.8), layout="none")  # else every frame is laid out anew
     figure.subplots_adjust(0.75 / width, 0.14, 1 - 0.05 / width, 0.88, wspace=0.06)
@@ -206,7 +211,7 @@ def save_animation(logs, terms, folder):
 
 def draw_all(results, logs, folder):
     """Every figure that these results and logs have the material for; returns their paths."""
-    dpo_logs = {name: log for name, log in logs.items() if any("own" in r for r in log)}
+    dpo_logs = {name: log for name, log in logs.items() if looks_of(log)}
     with matplotlib.style.context(["default", STYLE]):
         paths = [save(draw_histograms(results), folder, "dist")]
         if logs.get("sft"):
@@ -230,6 +235,20 @@ METHOD_COLOURS = {  # by the source of pairs; the marker tells the loss
 METHOD_MARKERS = {"NLL": "s", "smoothed": "^", "IPO": "v"}
 
 
+def draw_methods(axes, published):
+    """The frontier, and a mark where each run ends."""
+    shares, kls = np.array(published["frontier"]["curve"]).T
+    axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
+    for name, method in published["methods"].items():
+        color = METHOD_COLOURS[name.replace(",", "").split(" ")[0]]
+        marker = next((m for word, m in METHOD_MARKERS.items() if word in name), "o")
+        face = "none" if marker != "o" else color
+        style = {"edgecolors": color, "facecolors": face, "marker": marker, "s": 26}
+        kl = [run["kl"] for run in method["runs"]]
+        preferred = [100 * run["sampled"]["preferred"] for run in method["runs"]]
+        axes.scatter(kl, preferred, label=name, zorder=3, **style)
+
+
 def draw_frontier(published):
     """Share of preferred answers against KL: the least that any policy pays, and the methods.
 
@@ -237,17 +256,8 @@ def draw_frontier(published):
     """
     figure = Figure(figsize=(10, 5))
     axes, close_up = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    shares, kls = np.array(published["frontier"]["curve"]).T
-    for part in (axes, close_up):
-        part.plot(kls, 100 * shares, color="black", label="frontier: least KL")
-        for name, method in published["methods"].items():
-            color = METHOD_COLOURS[name.replace(",", "").split(" ")[0]]
-            marker = next((m for word, m in METHOD_MARKERS.items() if word in name), "o")
-            face = "none" if marker != "o" else color
-            style = {"edgecolors": color, "facecolors": face, "marker": marker, "s": 26}
-            kl = [run["kl"] for run in method["runs"]]
-            preferred = [100 * run["sampled"]["preferred"] for run in method["runs"]]
-            part.scatter(kl, preferred, label=name, zorder=3, **style)
+    draw_methods(axes, published)
+    draw_methods(close_up, published)
     for name in ("offline", "offline + NLL", "mistakes"):
         looks = published["methods"][name]["runs"][0]["looks"]
         kl, preferred = [r["kl"] for r in looks], [100 * r["preferred"] for r in looks]
@@ -282,11 +292,9 @@ def draw_rewards(runs, beta):
             axes.plot(rewards, [i] * len(rewards), "o", color=colour(model, runs), alpha=0.7)
         axes.axvline(0, color="#888888", linewidth=1)
         axes.set_xlabel(f"mean reward of the {side} side (β × nats)")
-    ceiling = [beta * run["offline pairs"]["ceiling"] for run in runs[models[0]]]
-    chosen.axvline(np.mean(ceiling), color="black", linestyle="--")
-    chosen.annotate(
-        "ceiling", (np.mean(ceiling), 0.5), (-4, 0), ha="right", textcoords="offset points"
-    )
+    ceiling = beta * np.mean([run["offline pairs"]["ceiling"] for run in runs[models[0]]])
+    chosen.axvline(ceiling, color="black", linestyle="--")
+    chosen.annotate("ceiling", (ceiling, 0.5), (-4, 0), ha="right", textcoords="offset points")
     chosen.set_yticks(range(len(models)), [label(model) for model in models])
     chosen.set_ylim(len(models) - 0.5, -0.5)
     return figure

@@ -24,11 +24,11 @@ import evaluate
 import model
 import train_dpo
 import train_sft
-from data import DEFAULT_MAX_SUM, END, MIN_SUM, atomic_write, collate, encode, is_exact
+from data import END, MIN_SUM, atomic_write, collate, encode, is_exact
 from data import entropy_floor, is_preferred, measure, random_equations, random_pairs
 from data import run_script, seen_sums
 from model import load_checkpoint
-from plots import tables, yardstick
+from plots import figures, tables, yardstick
 
 CODE = [Path(module.__file__) for module in (data, model, train_sft, train_dpo)]
 RUNS = Path("runs/lesson", hashlib.sha256(b"".join(f.read_bytes() for f in CODE)).hexdigest()[:8])
@@ -80,9 +80,10 @@ def run(settings, seed):
     log = evaluate.read_log(out, args["steps"])
     result["seconds"] = evaluate.training_seconds(log)
     if settings:
-        looks = [record for record in log if "own" in record]
         kept = ("kl", "preferred", "exact")
-        result["looks"] = [{"step": r["step"]} | {k: r["own"][k] for k in kept} for r in looks]
+        result["looks"] = [
+            {"step": r["step"]} | {k: r["own"][k] for k in kept} for r in figures.looks_of(log)
+        ]
     atomic_write(result_file, json.dumps(result).encode())
     return result
 
@@ -90,34 +91,36 @@ def run(settings, seed):
 def study(policy, reference, p, seed, samples):
     """All that the pages say of one model."""
     generator = torch.Generator().manual_seed(seed)
-    sums = np.arange(MIN_SUM, DEFAULT_MAX_SUM + 1)
+    max_sum = policy.config.max_sum
+    sums = np.arange(MIN_SUM, max_sum + 1)
     sampled = evaluate.answer(policy, np.repeat(sums, samples), generator=generator)
-    logratios = evaluate.logps_of(policy, sampled) - evaluate.logps_of(reference, sampled)
+    logratios = evaluate.logratios_of(policy, reference, sampled)
     result = evaluate.evaluate(policy, sampled, logratios, 3, seed)
     preferred = torch.tensor([is_preferred(equation, 3) for equation in sampled])
     shape = len(sums), samples
     result["kl parts"] = yardstick.split_kl(logratios.view(shape), preferred.view(shape), p)
     exact = np.reshape([is_exact(equation) for equation in sampled], shape).mean(1)
     result["worst sum"] = [int(sums[exact.argmin()]), float(exact.min())]
-    for name, asked in (("largest", [DEFAULT_MAX_SUM] * 10), ("outside", OUTSIDE)):
+    for name, asked in (("largest", [max_sum] * 10), ("outside", OUTSIDE)):
         answers = evaluate.answer(policy, np.repeat(asked, samples), generator=generator)
         result[name] = measure(answers, 3)["exact"]
-    seen = seen_sums(policy.config.max_sum)
-    pairs = random_pairs(np.random.default_rng(PAIR_SEED), PAIRS, seen, 3)
-    asked = torch.tensor([int(prompt[:-1]) for prompt, _, _ in pairs])
-    ceiling = -p[asked - MIN_SUM].log().mean().item()  # of the chosen side
-    result["offline pairs"] = logratios_of(policy, reference, pairs) | {"ceiling": ceiling}
+    pairs = random_pairs(np.random.default_rng(PAIR_SEED), PAIRS, seen_sums(max_sum), 3)
+    result["offline pairs"] = mean_logratios(policy, reference, p, pairs)
     return result | {"next token": next_token(policy, pairs)}
 
 
-def logratios_of(policy, reference, pairs):
-    """Mean log pi - log pi_ref in nats of the chosen and of the rejected side of pairs."""
-    means = {}
-    for i, side in enumerate(("chosen", "rejected"), start=1):
-        equations = [pair[0] + pair[i] for pair in pairs]
-        logratios = evaluate.logps_of(policy, equations) - evaluate.logps_of(reference, equations)
-        means[side] = logratios.mean().item()
-    return means
+def mean_logratios(policy, reference, p, pairs):
+    """Mean log pi - log pi_ref of both sides of pairs, and the ceiling of the chosen, in nats."""
+    sides = {
+        "chosen": [prompt + chosen for prompt, chosen, _ in pairs],
+        "rejected": [prompt + rejected for prompt, _, rejected in pairs],
+    }
+    means = {
+        side: evaluate.logratios_of(policy, reference, equations).mean().item()
+        for side, equations in sides.items()
+    }
+    asked = torch.tensor([int(prompt[:-1]) for prompt, _, _ in pairs])
+    return means | {"ceiling": -p[asked - MIN_SUM].log().mean().item()}
 
 
 def gap_to_floor(policy):

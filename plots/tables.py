@@ -65,6 +65,16 @@ METHOD = {
     "seconds": SHORT["seconds"],
 }
 NEXT_TOKEN = ("end", "plus sign", "digit", "right digit", "other digit")
+COMPARISONS = [  # two methods and the column in which they are compared
+    ("imitation", "mistakes + NLL", "above the frontier"),
+    ("offline + NLL", "mistakes + NLL", "above the frontier"),
+    ("mistakes", "mistakes + NLL", "above the frontier"),
+    ("mistakes", "offline + NLL", "preferred"),
+    ("mistakes", "offline + NLL", "exact"),
+    ("mistakes + NLL", "imitation", "preferred"),
+    ("online", "mistakes", "preferred"),
+]
+T_95 = 2.776  # the 97.5 % quantile of Student's t for the differences of five seeds
 
 
 # ---- Markdown --------------------------------------------------------------------------------
@@ -130,26 +140,12 @@ def next_token_table(content):
     return markdown(["", *columns], [row(figures.label(m), columns, runs[m]) for m in runs])
 
 
-COMPARISONS = [  # two methods and a column, of which the first has less or more
-    ("imitation", "mistakes + NLL", "above the frontier"),
-    ("offline + NLL", "mistakes + NLL", "above the frontier"),
-    ("mistakes", "mistakes + NLL", "above the frontier"),
-    ("mistakes", "offline + NLL", "preferred"),
-    ("mistakes", "offline + NLL", "exact"),
-    ("mistakes + NLL", "imitation", "preferred"),
-    ("online", "mistakes", "preferred"),
-]
-T_95 = 2.776  # the 97.5 % quantile of Student's t for the differences of five seeds
-
-
 def differences_table(content):
     """Mean differences of two methods over the seeds, with 95 % intervals."""
     rows = []
     for one, other, metric in COMPARISONS:
-        a, b = (
-            [METHOD[metric](r) for r in content["methods"][name]["runs"]] for name in (one, other)
-        )
-        differences = [x - y for x, y in zip(a, b)]
+        paired = zip(*(content["methods"][name]["runs"] for name in (one, other)))
+        differences = [METHOD[metric](a) - METHOD[metric](b) for a, b in paired]
         mean = statistics.mean(differences)
         half = T_95 * statistics.stdev(differences) / len(differences) ** 0.5
         verdict = "none seen" if abs(mean) <= half else "yes"
