@@ -2,7 +2,8 @@
 # make quick     the same with 20 steps each, in runs/quick: to see whether all works here
 # make test      the linter and the tests
 # make lesson    the runs behind plots/RESULTS.md (an hour or two; resumes where it stopped)
-# make publish   the lesson, then the tables and figures of both pages
+# make optimum   its runs with a noisy judge (an hour or two; resumes where it stopped)
+# make publish   both, then the tables and figures of both pages
 # make clean     forget the trained models (.venv stays)
 
 PYTHON ?= python3
@@ -42,7 +43,10 @@ quick:
 lesson: .venv/installed
 	.venv/bin/python -m plots.lesson
 
-publish: lesson
+optimum: .venv/installed
+	.venv/bin/python -m plots.optimum
+
+publish: lesson optimum
 	.venv/bin/python -m plots.tables
 
 .venv/tests-installed: tests/requirements.txt .venv/installed
@@ -58,4 +62,4 @@ clean:
 	rm -rf runs
 
 .DELETE_ON_ERROR:
-.PHONY: all quick lesson publish test clean
+.PHONY: all quick lesson optimum publish test clean

@@ -78,6 +78,15 @@ def orthogonalise(x):
     return x
 
 
+def make_optimizers(model, lr):
+    """Muon for the matrices of the blocks, grouped by shape, and AdamW for all other weights."""
+    by_layer = zip(*(block.parameters() for block in model.blocks))
+    matrices = [layer for layer in by_layer if layer[0].ndim == 2]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "blocks" not in name]
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    return Muon(matrices, lr), adamw
+
+
 def main(args):
     # ---- setup
     rank, world = join_processes()
@@ -97,12 +106,8 @@ def main(args):
     prompts = [f"{n}=" for n in range(MIN_SUM, args.max_sum + 1)] * 3
     generator = torch.Generator(args.device).manual_seed(VALIDATION_SEED)
 
-    # ---- optimizer: Muon for the blocks' matrices, AdamW for all else
-    by_layer = zip(*(block.parameters() for block in model.blocks))
-    matrices = [layer for layer in by_layer if layer[0].ndim == 2]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "blocks" not in name]
-    muon = Muon(matrices, args.lr)
-    adamw = torch.optim.AdamW(others, args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    # ---- optimizers: Muon and AdamW
+    optimizers = make_optimizers(model, args.lr)
     warmup = max(1, round(0.03 * args.steps))
 
     # ---- the loop
@@ -111,8 +116,7 @@ def main(args):
     for step in tqdm(range(1, args.steps + 1), desc="SFT", disable=rank > 0):
         # ---- learning rate: it rises, stays, and falls to zero over the last 70 %
         started = time.perf_counter()
-        for group in muon.param_groups + adamw.param_groups:
-            group["lr"] = args.lr * min(step / warmup, 1, (1 - (step - 1) / args.steps) / 0.7)
+        lr = args.lr * min(step / warmup, 1, (1 - (step - 1) / args.steps) / 0.7)
 
         # ---- batch: one draw for all processes, of which each takes its part
         batch_sums = [next(next_sums) for _ in range(args.batch_size)]
@@ -130,7 +134,9 @@ def main(args):
         add_up([loss, *(p.grad for p in model.parameters())])
         if not loss.isfinite():
             raise InputError(f"the loss is not finite at step {step}; try a lower --lr")
-        for optimizer in (muon, adamw):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
 

@@ -322,9 +322,40 @@ def draw_next_token(runs):
     return figure
 
 
-def draw_published(published, runs, folder):
+def draw_optimum(optimum):
+    """The share of preferred answers at which runs with a noisy judge end, over beta."""
+    figure = Figure(figsize=(7, 3.8))
+    axes = figure.subplots()
+    for pairs, marker in (("online", "o"), ("reference", "s")):
+        study = [
+            entry
+            for entry in optimum["study"]
+            if (entry["settings"]["pairs"], entry["settings"]["loss"]) == (pairs, "sigmoid")
+        ]
+        betas = [entry["settings"]["beta"] for entry in study]
+        shares = [[100 * run["preferred"] for run in entry["runs"]] for entry in study]
+        means, deviations = np.mean(shares, axis=1), np.std(shares, axis=1, ddof=1)
+        style = {"color": METHOD_COLOURS[pairs], "marker": marker, "linestyle": "none"}
+        axes.errorbar(betas, means, deviations, capsize=3, label=f"{pairs} pairs", **style)
+    predicted = [np.mean([r["predicted"]["preferred"] for r in entry["runs"]]) for entry in study]
+    axes.plot(betas, 100 * np.array(predicted), color="black", zorder=1, label="predicted optimum")
+    winners = next(e for e in optimum["study"] if e["settings"]["loss"] == "imitation")
+    share = 100 * np.mean([run["preferred"] for run in winners["runs"]])
+    axes.axhline(share, color="#888888", linestyle="--", label="imitation of the winners")
+    axes.set_xscale("log")
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.minorticks_off()
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("β (logarithmic)")
+    axes.set_ylabel("preferred answers (%)")
+    axes.legend()
+    return figure
+
+
+def draw_published(published, runs, optimum, folder):
     """The figures of many runs; `runs` maps the models of the README to their results."""
     with matplotlib.style.context(["default", STYLE]):
         save(draw_frontier(published), folder, "frontier")
         save(draw_rewards(runs, 0.8), folder, "rewards")
         save(draw_next_token(runs), folder, "next_token")
+        save(draw_optimum(optimum), folder, "optimum")

@@ -1,4 +1,4 @@
-"""The tables of README.md and plots/RESULTS.md, from plots/published.json alone.
+"""The tables of README.md and plots/RESULTS.md, from plots/published.json and optimum.json.
 
     python -m plots.tables     # or: make publish
 
@@ -15,7 +15,7 @@ from data import atomic_write, run_script
 from plots import figures
 
 PLOTS = Path(__file__).parent
-PUBLISHED = PLOTS / "published.json"
+PUBLISHED, OPTIMUM = PLOTS / "published.json", PLOTS / "optimum.json"
 PAGES = (PLOTS.parent / "README.md", PLOTS / "RESULTS.md")
 
 
@@ -163,6 +163,28 @@ def looks_table(content):
     return markdown(["step", "preferred", "exact", "KL (nats)"], rows[:9] + rows[-1:])
 
 
+def optimum_table(entries):
+    """A row a setting of the study with a noisy judge."""
+    columns = {
+        "share predicted": lambda r: r["predicted"]["preferred"],
+        "preferred": lambda r: r["preferred"],
+        "exact": lambda r: r["exact"],
+        "KL predicted": lambda r: r["predicted"]["kl"],
+        "KL": lambda r: r["kl"],
+        "z, own answers": lambda r: r["z"]["policy"],
+        "z, SFT's answers": lambda r: r["z"]["reference"],
+    }
+    rows = []
+    for entry in entries:
+        settings = entry["settings"]
+        imitation = settings["loss"] == "imitation"
+        name = f"{settings['pairs']}, imitation" if imitation else settings["pairs"]
+        beta = "" if imitation else f"{settings['beta']:g}"
+        start = [name, beta, f"{settings['lr']:g}", str(settings["steps"])]
+        rows.append(start + row("", columns, entry["runs"])[1:])
+    return markdown(["pairs", "β", "lr", "steps", *columns], rows)
+
+
 TABLES = {
     "differences": differences_table,
     "looks": looks_table,
@@ -170,6 +192,8 @@ TABLES = {
     "long": long_table,
     "methods": methods_table,
     "next-token": next_token_table,
+    "optimum": lambda content: optimum_table(content["optimum"]["study"]),
+    "optimum-checks": lambda content: optimum_table(content["optimum"]["checks"]),
 }
 
 
@@ -182,9 +206,14 @@ def fill(text, content):
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def read_published():
+    """The content of published.json, with that of optimum.json as "optimum"."""
+    return json.loads(PUBLISHED.read_text()) | {"optimum": json.loads(OPTIMUM.read_text())}
+
+
 def main():
-    content = json.loads(PUBLISHED.read_text())
-    figures.draw_published(content, published_runs(content), PLOTS)
+    content = read_published()
+    figures.draw_published(content, published_runs(content), content["optimum"], PLOTS)
     for page in PAGES:
         atomic_write(page, fill(page.read_text(encoding="utf-8"), content).encode())
 

@@ -3,21 +3,23 @@
 import itertools
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import evaluate
 import train_dpo
 import train_sft
-from data import CUT_OFF, held_out_sums, is_exact, is_preferred, measure
+from data import CUT_OFF, collate, held_out_sums, is_exact, is_preferred, measure
 from data import random_equations, random_pairs, seen_sums
-from model import GPT, GPTConfig, generate, load_checkpoint
-from plots import figures, lesson, tables, yardstick
+from model import GPT, GPTConfig, completion_logps, generate, load_checkpoint
+from plots import figures, lesson, optimum, tables, yardstick
 
 SUMS = range(5, 21)  # of the tiny models
 FIVE = ["9=3+3+3", "9=3+4+4", "9=4+5", "9=+", "9=4+5" + CUT_OFF]
@@ -295,7 +297,101 @@ def test_figures_of_any_models_whatever_the_users_settings(folder, results, tmp_
     assert images(alone).keys() == {"dist.png", "dist.gif", "mass.png"}
 
 
-def test_the_lesson_against_plain_loops_and_what_is_made_of_it(dpo, sft, tmp_path, monkeypatch):
+def test_loss_of_all_pairs_with_a_noisy_judge_by_hand(monkeypatch):
+    """The preferred of two answers wins with probability sigmoid(1), either of two equals 1/2."""
+    monkeypatch.setattr(optimum, "ANSWERS", 3)
+    torch.manual_seed(0)
+    logps, ref_logps = torch.randn(2, 2, 3)
+    preferred = torch.tensor([[True, False, False], [True, True, False]])
+    losses, imitation = [], []
+    for pi, ref, good in zip(logps.tolist(), ref_logps.tolist(), preferred.tolist()):
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            p = 1 / (1 + math.exp(good[j] - good[i]))
+            z = (pi[i] - ref[i]) - (pi[j] - ref[j])
+            for chance, margin, winner in ((p, z, pi[i]), (1 - p, -z, pi[j])):
+                losses.append(chance * math.log(1 + math.exp(-0.4 * margin)))
+                imitation.append(-chance * winner)
+    for loss, expected in (("sigmoid", losses), ("imitation", imitation)):
+        settings = {"loss": loss, "beta": 0.4}
+        mean = optimum.loss_of_all_pairs(logps, ref_logps, preferred, settings)
+        assert mean.item() == pytest.approx(sum(expected) / 6, abs=1e-6)
+
+
+@pytest.mark.parametrize("pairs", ["online", "reference"])
+def test_training_with_a_noisy_judge_is_that_of_a_plain_loop(pairs, folder, monkeypatch):
+    monkeypatch.setattr(optimum, "PROMPTS", 3)
+    settings = {"pairs": pairs, "loss": "sigmoid", "beta": 0.5, "steps": 30, "lr": 1e-3}
+    model, policy, reference, average = (load_checkpoint(folder / "runs/sft.pt")[0] for _ in "1234")
+    trained = optimum.train(policy, reference, settings, 7)
+    optimizers, rng = train_sft.make_optimizers(model, 0), np.random.default_rng(7)
+    torch.manual_seed(7)
+    for step in range(30):
+        prompts = [f"{n}=" for n in rng.choice(seen_sums(20), 3) for _ in range(16)]
+        examples = list(zip(prompts, generate(model if pairs == "online" else reference, prompts)))
+        logps, ref_logps = (completion_logps(m, *collate(examples)) for m in (model, reference))
+        z = (logps - ref_logps.detach()).view(3, 16)
+        good = torch.tensor([float(is_preferred(x + y, 3)) for x, y in examples]).view(3, 16)
+        z, good = z[:, :, None] - z[:, None], good[:, :, None] - good[:, None]
+        losses = -good.sigmoid() * F.logsigmoid(
+            0.5 * z
+        )  # both orders of every pair, and 16 of z = 0
+        (losses.sum() / (3 * 16 * 15 / 2)).backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min((step + 1) / 1.5, 1, (1 - step / 30) / 0.7)
+            optimizer.step()
+            optimizer.zero_grad()
+        cubes = [(n + 1) * (n + 2) * (n + 3) for n in range(step + 1)]
+        for kept, new in zip(average.parameters(), model.parameters()):
+            kept.data += (new.data - kept.data) * cubes[-1] / sum(cubes)
+    for ours, kept, last in zip(trained.parameters(), average.parameters(), model.parameters()):
+        assert (ours - kept).norm() < 0.02 * (last - kept).norm()
+
+
+@pytest.fixture(scope="module")
+def judged(folder, sft):
+    """The study with a noisy judge, of a few steps, for the same model with each seed."""
+    small = {"BETAS": (0.3, 2), "RATES": (3e-3, 3), "SEEDS": (1, 2), "STEPS": 8, "SAMPLES": 20}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.items():
+            patch.setattr(optimum, name, value)
+        for module in (lesson, optimum):
+            patch.setattr(module, "RUNS", folder / "noisy")
+        (folder / "noisy").mkdir()
+        for seed in (0, 1, 2):
+            (folder / f"noisy/sft_{seed}.pt").write_bytes((folder / "runs/sft.pt").read_bytes())
+            p = {"p": yardstick.preferred_shares(sft, 3).tolist()}
+            (folder / f"noisy/sft_{seed}.json").write_text(json.dumps(p))
+        with ThreadPoolExecutor(1) as pool:
+            content = optimum.optimum(pool)
+            assert json.dumps(optimum.optimum(pool)) == json.dumps(content)  # from its files
+    return content
+
+
+def test_the_study_of_a_noisy_judge(judged, sft):
+    """Each run stands beside the optimum of its beta, and DPO has moved towards it."""
+    p = yardstick.preferred_shares(sft, 3)
+    winners = [n * (n + 2 * (1 - n) / (1 + math.exp(-1))) for n in p.tolist()]
+    kl = [
+        s * math.log(s / n) + (1 - s) * math.log((1 - s) / (1 - n))
+        for s, n in zip(winners, p.tolist())
+    ]
+    assert [len(judged[key]) for key in ("checks", "study")] == [5, 5]
+    for entry in judged["study"]:
+        loss, beta, rate = (entry["settings"][key] for key in ("loss", "beta", "lr"))
+        predicted = yardstick.optimal_policy(p, 1 / beta)
+        if loss == "imitation":
+            predicted = np.mean(winners), np.mean(kl)
+        assert [run["seed"] for run in entry["runs"]] == [1, 2] and rate == 3e-3
+        for run in entry["runs"]:
+            assert tuple(run["predicted"].values()) == pytest.approx(predicted)
+            assert 0 <= run["preferred"] <= run["exact"] <= 1 and run["kl"] != 0
+            assert loss == "imitation" or run["z"]["reference"] > 0
+
+
+def test_the_lesson_against_plain_loops_and_what_is_made_of_it(
+    dpo, sft, judged, tmp_path, monkeypatch
+):
     for name, value in {"EQUATIONS": 20, "PAIRS": 20}.items():
         monkeypatch.setattr(lesson, name, value)
     examples = random_equations(np.random.default_rng(lesson.EQUATION_SEED), 20, seen_sums())
@@ -329,15 +425,15 @@ def test_the_lesson_against_plain_loops_and_what_is_made_of_it(dpo, sft, tmp_pat
     result = study | {"gap": 1.0, "seconds": None, "looks": looks}
     method = {"settings": {"pairs": "offline", "lr": 1e-3}, "runs": [result, result]}
     content = {"sft": [result], "methods": dict.fromkeys(lesson.METHODS, method)}
-    content |= {"frontier": lesson.frontier([{"p": p.tolist()}])}
+    content |= {"frontier": lesson.frontier([{"p": p.tolist()}]), "optimum": judged}
     runs = tables.published_runs(content)
     page = "kept\n" + "".join(f"<!-- table {x} -->\nSTALE\n<!-- end -->\n" for x in tables.TABLES)
     page = tables.fill(page, content)
     models = f"<!-- table models -->\n{tables.models_table(runs)}\n<!-- end -->\n"
     assert page.startswith("kept\n<!-- table ") and models in page and "STALE" not in page
     assert tables.fill(page, content) == page
-    figures.draw_published(content, runs, tmp_path)
-    drawn = ("frontier", "rewards", "next_token")
+    figures.draw_published(content, runs, judged, tmp_path)
+    drawn = ("frontier", "rewards", "next_token", "optimum")
     assert images(tmp_path).keys() == {f"{name}.png" for name in drawn}
 
 

@@ -1,8 +1,7 @@
-"""The pages say what published.json says, show code and figures that exist, and name real flags."""
+"""The pages say what the runs say, show code and figures that exist, and name real flags."""
 
 import ast
 import inspect
-import json
 import re
 import statistics
 from pathlib import Path
@@ -18,7 +17,7 @@ from plots import figures, lesson, tables
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "plots" / "RESULTS.md").read_text(encoding="utf-8")
-PUBLISHED = json.loads(tables.PUBLISHED.read_text())
+PUBLISHED = tables.read_published()
 SCRIPTS = {
     "data.py": data,
     "train_sft.py": train_sft,
@@ -28,7 +27,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda path: path.name)
-def test_tables_are_those_of_published_json(page):
+def test_tables_are_those_of_the_published_runs(page):
     text = page.read_text(encoding="utf-8")
     assert tables.fill(text, PUBLISHED) == text, "make publish writes them anew"
     assert "<!-- table" in text

@@ -121,6 +121,7 @@ BAD = {
     f"|--out /dev/null/x.pt|--out /dev/null|--lr 1e9 {TINY} --steps 9",
     train_dpo: "--preferred-terms 6|--beta 0|--label-smoothing 0.5|--loss x|--sft runs/none.pt"
     "|--sft mine.jsonl|--pairs none|--pairs runs|--pairs ''|--lr 1e9 --steps 1|--out ''|--out runs"
+    "|--nll-weight -1|--nll-weight inf|--label-smoothing -0.1|--beta nan|--out ./runs/sft.pt"
     "|--lr 1e9 --steps 9 --pairs mine.jsonl|--out /dev/null/x.pt|--out runs/sft.pt"
     "|--out plots/../runs/sft.pt|--out runs/sft|--pairs mine.jsonl --out mine.jsonl"
     "|--pairs mine.jsonl --out mine.pt",
