@@ -155,7 +155,7 @@ def generate(model, prompts, greedy=False, generator=None):
     """Completions (strings) of `prompts`; one that the model did not end closes with an ellipsis.
 
     Greedy, or sampled at temperature 1 with a torch `generator`. The batch grows by a column at a
-    time: of a prompt while it has characters, of the answer then. A row that has ended leaves it.
+    time: first by the prompt's characters, then by the answer's. Rows that have ended leave it.
     """
     device, longest = model.head.weight.device, model.config.block_size - PROMPT_WIDTH
     tokens, _ = collate([(prompt, CUT_OFF) for prompt in prompts])

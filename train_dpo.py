@@ -190,7 +190,7 @@ def main(args):
     else:
         source, next_pairs = offline_pairs, shuffled_forever(rng, read_pairs(args.pairs, max_sum))
 
-    # ---- optimizer: AdamW for every weight; with Muon the same share cost more KL
+    # ---- optimizer: AdamW for every weight; with Muon, mistakes cost more KL at the same share
     optimizer = torch.optim.AdamW(
         policy.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
     )

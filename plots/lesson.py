@@ -30,8 +30,13 @@ from data import run_script, seen_sums
 from model import load_checkpoint
 from plots import figures, tables, yardstick
 
-CODE = [Path(module.__file__) for module in (data, model, train_sft, train_dpo)]
-RUNS = Path("runs/lesson", hashlib.sha256(b"".join(f.read_bytes() for f in CODE)).hexdigest()[:8])
+
+def hash_of(files):
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:8]
+
+
+CODE = [module.__file__ for module in (data, model, train_sft, train_dpo)]
+RUNS = Path("runs/lesson", hash_of(CODE))
 SEEDS = (1, 2, 3, 4, 5)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 METHODS = {  # name: settings, each tried at every rate; all else is the default of train_dpo.py

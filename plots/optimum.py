@@ -1,11 +1,12 @@
-"""Does DPO find the optimum that eq. 4 predicts? Runs with a noisy judge, for plots/RESULTS.md.
+"""Does DPO find the exact optimum of plots/yardstick.py? Runs with a noisy judge.
 
     python -m plots.optimum           # or: make optimum; resumes where it stopped
 
 The judge errs as Bradley and Terry say: the preferred of two answers wins with probability
 sigmoid(1), and either of two equals with probability 1/2. That is a reward of 1 for preferred
-answers, so DPO should end at the exact optimum for t = exp(1 / beta). Every prompt has many
-answers, and the loss takes all their pairs, with both verdicts weighted by their probabilities.
+answers, so DPO should multiply their odds by t = exp(1 / beta). Every prompt has many answers, and
+the loss takes all their pairs, with both verdicts weighted by their probabilities. The results are
+a section of plots/RESULTS.md.
 """
 
 import json
@@ -25,7 +26,7 @@ from plots import lesson, tables, yardstick
 from train_dpo import dpo_loss
 from train_sft import make_optimizers
 
-RUNS = lesson.RUNS / "optimum"
+RUNS = lesson.RUNS / f"optimum_{lesson.hash_of([__file__])}"
 BETAS = (0.3, 0.5, 0.8, 1.3, 2.0)
 SEEDS = (1, 2, 3)
 RATES = (7.5e-4, 1.5e-3)  # to choose from on seed 0, at beta = 0.8
@@ -91,8 +92,8 @@ def predict(p, settings):
 def run(settings, seed):
     """What a run ends at, beside the prediction; from its file if it is done."""
     torch.set_num_threads(1)
-    name = "_".join(f"{key}={value}" for key, value in settings.items())
-    result_file = RUNS / f"{name}_{seed}.json"
+    flags = "_".join(f"{key}={value}" for key, value in settings.items())
+    result_file = RUNS / f"{flags}_{seed}.json"
     if result_file.exists():
         return json.loads(result_file.read_text())
     p = torch.tensor(lesson.run({}, seed)["p"], dtype=torch.float64)
@@ -109,7 +110,7 @@ def run(settings, seed):
         preferred = torch.tensor([is_preferred(equation, 3) for equation in equations])
         z = logratios[preferred].mean() - logratios[~preferred].mean()
         result["z"][name] = z.item()  # 1 / beta at the optimum
-    metrics = measure(equations, 3) | {"kl": logratios.mean().item()}
+    metrics = measure(equations, 3) | {"kl": logratios.mean().item()}  # of the policy's answers
     result |= {key: metrics[key] for key in ("preferred", "exact", "kl")}
     RUNS.mkdir(parents=True, exist_ok=True)
     atomic_write(result_file, json.dumps(result).encode())

@@ -72,6 +72,7 @@ COMPARISONS = [  # two methods and the column in which they are compared
     ("mistakes", "offline + NLL", "preferred"),
     ("mistakes", "offline + NLL", "exact"),
     ("mistakes + NLL", "imitation", "preferred"),
+    ("mistakes + NLL", "mistakes", "preferred"),
     ("online", "mistakes", "preferred"),
 ]
 T_95 = 2.776  # the 97.5 % quantile of Student's t for the differences of five seeds
@@ -150,8 +151,8 @@ def differences_table(content):
         half = T_95 * statistics.stdev(differences) / len(differences) ** 0.5
         verdict = "none seen" if abs(mean) <= half else "yes"
         interval = f"{mean - half:+.3f} to {mean + half:+.3f}"
-        rows.append([f"{one} − {other}", metric, f"{mean:+.3f}", interval, verdict])
-    return markdown(["difference", "of", "mean", "95 % interval", "different"], rows)
+        rows.append([f"{one} vs. {other}", metric, f"{mean:+.3f}", interval, verdict])
+    return markdown(["methods", "value", "difference", "95 % interval", "different"], rows)
 
 
 def looks_table(content):

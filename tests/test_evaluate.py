@@ -458,5 +458,5 @@ def test_intervals_of_differences_by_hand():
     methods = {name: {"runs": runs([0.5] * 5)} for name in lesson.METHODS}
     methods["imitation"] = {"runs": runs([0.6, 0.7, 0.8, 0.9, 1])}
     rows = tables.differences_table({"methods": methods}).splitlines()
-    start = "| imitation − mistakes + NLL | above the frontier | +0.300 | +0.104 to +0.496 |"
+    start = "| imitation vs. mistakes + NLL | above the frontier | +0.300 | +0.104 to +0.496 |"
     assert rows[2] == f"{start} yes |" and rows[5].endswith("| +0.000 to +0.000 | none seen |")
