@@ -34,10 +34,10 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("project"))
         patch.setattr(train_sft, "LOOKS", 6)
-        patch.setattr(train_dpo, "EVEN_LOOKS", 4)
+        patch.setattr(train_dpo, "EVEN_LOOKS", 3)
         patch.setitem(figures.STYLE, "figure.dpi", 40)
         run(train_sft, f"{TINY} --steps 60 --lr 0.02")
-        run(train_dpo, "--steps 64 --batch-size 8")
+        run(train_dpo, "--steps 24 --batch-size 8")
         run(train_dpo, "--steps 4 --batch-size 8 --pairs offline --out runs/dpo_offline.pt")
         run(evaluate, "--samples 2")
         Path("mine.jsonl").write_text('{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}')
@@ -57,7 +57,7 @@ def test_logs_say_what_the_steps_did():
     log = read_log("sft", "gap")
     assert [r["step"] for r in log] == [*range(10, 61, 10)] and log[-1]["gap"] < log[0]["gap"]
     looks = read_log("dpo", "own")
-    assert [r["step"] for r in looks] == [0, 1, 2, 4, 8, *range(16, 65, 16)]
+    assert [r["step"] for r in looks] == [0, 1, 2, 4, 8, 16, 24]
     assert looks[0]["own"]["kl"] == 0 != looks[-1]["own"]["kl"]
     for name in ("dpo", "dpo_offline"):
         steps = read_log(name, "loss")
