@@ -168,6 +168,14 @@ def look(policy, reference, terms):
     return measure(equations, terms) | {"kl": kl}, marks
 
 
+def averaged(policy):
+    """An average over the steps, step n weighted by n^3, so half of it is the last sixth of a run.
+
+    Polynomial-decay averaging, arXiv 1212.1824.
+    """
+    return AveragedModel(policy, avg_fn=lambda kept, new, n: kept + (new - kept) / (1 + n / 4))
+
+
 def main(args):
     # ---- setup
     rank, world = join_processes()
@@ -196,9 +204,8 @@ def main(args):
     )
     warmup = max(1, round(0.05 * args.steps))
 
-    # ---- the policy that is measured and kept: an average over the steps, step n weighted by n^3
-    # (polynomial-decay averaging, arXiv 1212.1824), so half of it is the last sixth of the run
-    average = AveragedModel(policy, avg_fn=lambda kept, new, n: kept + (new - kept) / (1 + n / 4))
+    # ---- the policy that is measured and kept: an average over the steps
+    average = averaged(policy)
 
     # ---- the loop
     even_looks = [round(i * args.steps / EVEN_LOOKS) for i in range(EVEN_LOOKS + 1)]

@@ -324,14 +324,13 @@ def draw_next_token(runs):
 
 def draw_optimum(optimum):
     """The share of preferred answers at which runs with a noisy judge end, over beta."""
+    of_loss = {"sigmoid": [], "imitation": []}
+    for entry in optimum["study"]:
+        of_loss[entry["settings"]["loss"]].append(entry)
     figure = Figure(figsize=(7, 3.8))
     axes = figure.subplots()
     for pairs, marker in (("online", "o"), ("reference", "s")):
-        study = [
-            entry
-            for entry in optimum["study"]
-            if (entry["settings"]["pairs"], entry["settings"]["loss"]) == (pairs, "sigmoid")
-        ]
+        study = [entry for entry in of_loss["sigmoid"] if entry["settings"]["pairs"] == pairs]
         betas = [entry["settings"]["beta"] for entry in study]
         shares = [[100 * run["preferred"] for run in entry["runs"]] for entry in study]
         means, deviations = np.mean(shares, axis=1), np.std(shares, axis=1, ddof=1)
@@ -339,7 +338,7 @@ def draw_optimum(optimum):
         axes.errorbar(betas, means, deviations, capsize=3, label=f"{pairs} pairs", **style)
     predicted = [np.mean([r["predicted"]["preferred"] for r in entry["runs"]]) for entry in study]
     axes.plot(betas, 100 * np.array(predicted), color="black", zorder=1, label="predicted optimum")
-    winners = next(e for e in optimum["study"] if e["settings"]["loss"] == "imitation")
+    (winners,) = of_loss["imitation"]
     share = 100 * np.mean([run["preferred"] for run in winners["runs"]])
     axes.axhline(share, color="#888888", linestyle="--", label="imitation of the winners")
     axes.set_xscale("log")

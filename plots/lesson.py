@@ -195,12 +195,13 @@ def frontier(sft):
     return {"curve": np.mean(curves, axis=0).tolist(), "best of n": points}
 
 
-def main():
+def write(path, study):
+    """Writes the content that `study` gets from runs, one a core."""
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        content = lesson(pool)
-    atomic_write(tables.PUBLISHED, json.dumps(content).encode())
-    print(f"Wrote {tables.PUBLISHED}; make publish writes the pages from it.")
+        content = study(pool)
+    atomic_write(path, json.dumps(content).encode())
+    print(f"Wrote {path}; make publish writes the pages from it.")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: write(tables.PUBLISHED, lesson))

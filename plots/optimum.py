@@ -10,20 +10,16 @@ a section of plots/RESULTS.md.
 """
 
 import json
-import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import evaluate
 from data import MIN_SUM, atomic_write, collate, is_preferred, measure, run_script, seen_sums
 from model import completion_logps, generate, load_checkpoint
 from plots import lesson, tables, yardstick
-from train_dpo import dpo_loss
+from train_dpo import averaged, dpo_loss
 from train_sft import make_optimizers
 
 RUNS = lesson.RUNS / f"optimum_{lesson.hash_of([__file__])}"
@@ -54,7 +50,7 @@ def train(policy, reference, settings, seed):
     torch.manual_seed(seed)
     writer = policy if settings["pairs"] == "online" else reference
     optimizers = make_optimizers(policy, settings["lr"])
-    average = AveragedModel(policy, avg_fn=lambda kept, new, n: kept + (new - kept) / (1 + n / 4))
+    average = averaged(policy)
     for step in range(settings["steps"]):
         # ---- batch: the answers to a prompt stand side by side
         prompts = [f"{n}=" for n in rng.choice(sums, PROMPTS) for _ in range(ANSWERS)]
@@ -145,12 +141,5 @@ def distance(result):
     return abs(result["preferred"] - result["predicted"]["preferred"])
 
 
-def main():
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        content = optimum(pool)
-    atomic_write(tables.OPTIMUM, json.dumps(content).encode())
-    print(f"Wrote {tables.OPTIMUM}; make publish writes the pages from it.")
-
-
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: lesson.write(tables.OPTIMUM, optimum))
