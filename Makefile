@@ -1,21 +1,22 @@
 # make           everything: .venv, SFT, three DPO runs, a table, and figures in plots/
 # make quick     the same with 20 steps each, in runs/quick: to see whether all works here
 # make test      the linter and the tests
-# make lesson    the runs behind plots/RESULTS.md (an hour or two; resumes where it stopped)
-# make optimum   its runs with a noisy judge (an hour or two; resumes where it stopped)
-# make publish   both, then the tables and figures of both pages
-# make clean     forget the trained models (.venv stays)
+# make study     the runs behind plots/study/README.md: five parts, each an hour or so, which are also
+#                targets: methods, rlhf, interventions, collapse, judge; each resumes where it stopped
+# make publish   the tables and figures of both pages, from the JSON of the parts
+# make clean     forget the four models (.venv stays, and so does runs/study with its hours of work)
 
 PYTHON ?= python3
 RUNS := runs
 PLOTS := plots
 
-# What sets each run apart from the defaults. The rates are those that the lesson found best.
+# What sets each run apart from the defaults. The rates are those that the study found best.
 FLAGS_dpo_offline := --pairs offline --lr 3e-4
-FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1 --lr 1e-3
+FLAGS_dpo_offline_nll := --pairs offline --nll-weight 1
 
 DPO := dpo_offline dpo_offline_nll dpo
 MODELS := $(RUNS)/sft.pt $(DPO:%=$(RUNS)/%.pt)
+STUDY := methods rlhf interventions collapse judge
 
 all: $(RUNS)/evaluated
 
@@ -33,21 +34,20 @@ $(RUNS)/sft.pt: train_sft.py model.py data.py | .venv/installed
 $(DPO:%=$(RUNS)/%.pt): $(RUNS)/%.pt: train_dpo.py $(RUNS)/sft.pt | .venv/installed
 	.venv/bin/python train_dpo.py $(FLAGS_$*) $(STEPS) --sft $(RUNS)/sft.pt --out $@
 
-$(RUNS)/evaluated: evaluate.py plots/figures.py plots/tables.py $(MODELS) | .venv/installed
+$(RUNS)/evaluated: evaluate.py plots/figures.py $(MODELS) | .venv/installed
 	.venv/bin/python evaluate.py $(SAMPLES) --sft $(RUNS)/sft.pt --plots-dir $(PLOTS) $(MODELS)
 	touch $@
 
 quick:
 	$(MAKE) RUNS=runs/quick PLOTS=runs/quick STEPS="--steps 20" SAMPLES="--samples 2"
 
-lesson: .venv/installed
-	.venv/bin/python -m plots.lesson
+study: $(STUDY)
 
-optimum: .venv/installed
-	.venv/bin/python -m plots.optimum
+$(STUDY): .venv/installed
+	.venv/bin/python -m plots.study.$@
 
-publish: lesson optimum
-	.venv/bin/python -m plots.tables
+publish: .venv/installed
+	.venv/bin/python -m plots.study.tables
 
 .venv/tests-installed: tests/requirements.txt .venv/installed
 	.venv/bin/python -m pip install --disable-pip-version-check --quiet --requirement tests/requirements.txt
@@ -59,7 +59,7 @@ test: .venv/tests-installed
 	.venv/bin/python -m pytest --quiet
 
 clean:
-	rm -rf runs
+	rm -rf $(MODELS) $(RUNS)/evaluated runs/quick
 
 .DELETE_ON_ERROR:
-.PHONY: all quick lesson optimum publish test clean
+.PHONY: all quick study $(STUDY) publish test clean

@@ -5,23 +5,29 @@
 
 Every model answers every sum, once greedily and many times by sampling. The KL from the SFT model
 is the mean of log pi - log pi_ref over a model's own sampled answers. We left out anything that
-trains. plots/lesson.py repeats all of this over seeds and compares it with the exact optimum.
+trains. plots/study/ repeats all of this over seeds and compares it with the exact optimum.
 """
 
 import glob
 import json
 import os
-from pathlib import Path
+import random
 
-import numpy as np
 import torch
 
-from data import DEVICES, MIN_SUM, InputError, atomic_write, check_writable, collate, held_out_sums
-from data import is_exact, log_path, make_parser, mark, measure, number, run_script, shown_sums
-from model import completion_logps, fingerprint, generate, load_checkpoint
-from plots import figures, tables
+from data import DEVICES, MIN_SUM, InputError, check_writable, held_out_sums, is_exact
+from data import make_parser, mark, measure, number, run_script, shown_sums, write_file
+from model import answer, fingerprint, load_checkpoint, logratios_of
+from plots import figures
 
-CHUNK = 1000  # answers at a time
+# The models of the README: the flags of train_dpo.py that tell what a model was trained for.
+MISTAKES = {"pairs": "mistakes", "loss": "sigmoid", "beta": 0.8, "lr": 1e-3}
+MISTAKES |= {"label_smoothing": 0.0, "nll_weight": 0.0}
+MODELS = {
+    "offline": MISTAKES | {"pairs": "offline", "lr": 3e-4},
+    "offline + NLL": MISTAKES | {"pairs": "offline", "nll_weight": 1.0},
+    "mistakes": MISTAKES,
+}
 
 
 def parse_args(argv=None):
@@ -40,31 +46,52 @@ def sums_to_ask(text):
     return [number(int, 1, 999)(n) for n in text.split(",")]
 
 
-# ---- one model -------------------------------------------------------------------------------
+# ---- which models ----------------------------------------------------------------------------
 
 
-def answer(model, sums, greedy=False, generator=None):
-    """An answer to each of `sums`, as a list of equations."""
-    prompts = [f"{n}=" for n in sums]
-    chunks = [prompts[i : i + CHUNK] for i in range(0, len(prompts), CHUNK)]
-    answers = [a for chunk in chunks for a in generate(model, chunk, greedy, generator)]
-    return [prompt + completion for prompt, completion in zip(prompts, answers)]
+def label_of(path, saved_args):
+    """The name of a model, after what trained it: "SFT", "mistakes", "try: offline, lr 0.01"."""
+    if "pairs" not in saved_args:
+        return "SFT"
+    flags = {name: saved_args[name] for name in MISTAKES}
+    for label, expected in MODELS.items():
+        if flags == expected:
+            return label
+    file = os.path.basename(path).removesuffix(".pt")
+    special = [f"{name} {value}" for name, value in flags.items() if value != MISTAKES[name]]
+    return f"{file}: " + ", ".join(special).removeprefix("pairs ").replace("_", " ")
 
 
-@torch.no_grad()
-def logps_of(model, equations):
-    """log pi(y|x) in nats of the completion of each equation: (equations,)."""
-    device, logps = model.head.weight.device, []
-    for i in range(0, len(equations), CHUNK):
-        splits = [equation.partition("=") for equation in equations[i : i + CHUNK]]
-        batch = collate([(n + equals, completion) for n, equals, completion in splits])
-        logps.append(completion_logps(model, *(x.to(device) for x in batch)))
-    return torch.cat(logps).cpu()
+def load_models(args):
+    """{label: (model, saved args, log)}, the README's models first, and the preferred count."""
+    paths = args.checkpoints or glob.glob("runs/*.pt")
+    if not paths:
+        raise InputError("there is no checkpoint in runs/; train_sft.py writes the first")
+    loaded = {}
+    for path in sorted(paths):
+        checkpoint = load_checkpoint(path, args.device)
+        label = label_of(path, checkpoint[1])
+        loaded[f"{label} ({path})" if label in loaded else label] = checkpoint
+    first = [label for label in ("SFT", *MODELS) if label in loaded]
+    models = {label: loaded[label] for label in first} | loaded
+    terms = {saved["preferred_terms"] for _, saved, _ in loaded.values() if "pairs" in saved}
+    if len(terms) > 1 or len({model.config.max_sum for model, _, _ in loaded.values()}) > 1:
+        raise InputError("checkpoints differ in --max-sum or --preferred-terms; name some")
+    return models, terms.pop() if terms else 3
 
 
-def logratios_of(model, reference, equations):
-    """log pi - log pi_ref in nats of the completion of each equation: (equations,)."""
-    return logps_of(model, equations) - logps_of(reference, equations)
+def load_reference(path, models, device):
+    """The reference; InputError if one of the models was trained from another."""
+    reference, _, _ = load_checkpoint(path, device)
+    known = fingerprint(reference)
+    for label, (model, saved_args, _) in models.items():
+        same_task = model.config.max_sum == reference.config.max_sum
+        if not same_task or saved_args.get("reference", known) != known:
+            raise InputError(f"{label} was not trained from {path}; name its reference with --sft")
+    return reference
+
+
+# ---- what they answer ------------------------------------------------------------------------
 
 
 def evaluate(model, sampled, logratios, terms, seed):
@@ -76,99 +103,83 @@ def evaluate(model, sampled, logratios, terms, seed):
     wrong = [equation for equation in sampled if not is_exact(equation)]
     return {
         "sampled": measure(sampled, terms),
-        "held out": measure([e for e in sampled if e.startswith(held_out)], terms),
+        "held out": measure([a for a in sampled if a.startswith(held_out)], terms),
         "greedy": measure(greedy, terms),
         "kl": logratios.mean().item(),
         "answers": answer(model, shown_sums(max_sum), generator=generator),
-        "mistakes": np.random.default_rng(seed).permutation(wrong)[:3].tolist(),
+        "mistakes": random.Random(seed).sample(wrong, min(3, len(wrong))),
     }
 
 
 def ask(models, sums, terms, seed):
     """Prints the greedy answer of every model to every sum, and three sampled ones."""
     for n in sums:
-        for name, model in models.items():
+        for label, (model, _, _) in models.items():
             generator = torch.Generator(model.head.weight.device).manual_seed(seed)
             answers = answer(model, [n], greedy=True) + answer(model, [n] * 3, generator=generator)
             greedy, *sampled = (mark(equation, terms) for equation in answers)
             known = MIN_SUM <= n <= model.config.max_sum
             note = "" if known else f"  (it has learned {MIN_SUM} to {model.config.max_sum})"
-            print(f"{name:>15}  greedy {greedy:<31}  sampled {'  '.join(sampled)}{note}")
+            print(f"{label:>15}  greedy {greedy:<31}  sampled {'  '.join(sampled)}{note}")
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+COLUMNS = {  # of the share of the answers, but for the mean absolute error, the KL and the seconds
+    "preferred": lambda result: result["sampled"]["preferred"],
+    "exact": lambda result: result["sampled"]["exact"],
+    "mean abs. error": lambda result: result["sampled"]["mae"],
+    "parse rate": lambda result: result["sampled"]["parse_rate"],
+    "KL (nats)": lambda result: result["kl"],
+    "seconds": lambda result: result["seconds"],
+}
+
+
+def rounded(value):
+    """A number of a table: "0.987", "12.3", and an empty cell for None."""
+    return "" if value is None else f"{value:.{3 if abs(value) < 10 else 1}f}"
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table(results):
+    """A row a model: the share of answers with the preferred number of terms, and COLUMNS."""
+    terms, rows = str(results["task"]["preferred_terms"]), []
+    for label, result in results["models"].items():
+        values = [value(result) for value in COLUMNS.values()]
+        rows.append([label, *map(rounded, [result["sampled"]["counts"].get(terms, 0.0), *values])])
+    return markdown(["", f"{terms} terms", *COLUMNS], rows)
 
 
 # ---- the script ------------------------------------------------------------------------------
 
 
-def load_models(args):
-    """{name: model}, {name: saved args}, {name: log} and the preferred number of terms."""
-    paths = args.checkpoints or glob.glob("runs/*.pt")
-    if not paths:
-        raise InputError("there is no checkpoint in runs/; train_sft.py writes the first")
-    names = [os.path.basename(path).removesuffix(".pt") for path in paths]
-    if len(set(names)) < len(names):
-        names = [path.removesuffix(".pt") for path in paths]
-    paths = dict(zip(names, paths))
-    models, saved, logs = {}, {}, {}
-    for name in figures.in_order(names):
-        models[name], saved[name] = load_checkpoint(paths[name], args.device)
-        logs[name] = read_log(paths[name], saved[name].get("steps"))
-    terms = {saved_args.get("preferred_terms") for saved_args in saved.values()} - {None}
-    if len(terms) > 1 or len({model.config.max_sum for model in models.values()}) > 1:
-        raise InputError("checkpoints differ in --max-sum or --preferred-terms; name some")
-    return models, saved, logs, terms.pop() if terms else 3
-
-
-def read_log(path, steps):
-    """The log beside a checkpoint; an empty one if it is not whole, or not of so many steps."""
-    try:
-        log = [json.loads(line) for line in Path(log_path(path)).read_text().splitlines()]
-        if log[-1]["step"] == steps:
-            return log
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    print(f"{log_path(path)} is not the log of {path}, so its curves are left out.")
-    return []
-
-
-def training_seconds(log):
-    """The seconds of a run, from its log; None without one."""
-    return next((record["seconds"] for record in reversed(log) if "seconds" in record), None)
-
-
-def load_reference(path, models, saved, device):
-    """The reference; InputError if one of the models was trained from another."""
-    reference, _ = load_checkpoint(path, device)
-    known = fingerprint(reference)
-    for name, model in models.items():
-        same_task = model.config.max_sum == reference.config.max_sum
-        if not same_task or saved[name].get("reference", known) != known:
-            raise InputError(f"{name} was not trained from {path}; name its reference with --sft")
-    return reference
-
-
 def main(args):
-    models, saved, logs, terms = load_models(args)
+    models, terms = load_models(args)
     if args.ask:
         return ask(models, args.ask, terms, args.seed)
-    reference = load_reference(args.sft, models, saved, args.device)
+    reference = load_reference(args.sft, models, args.device)
     results_path = os.path.join(args.plots_dir, "results.json")
     check_writable(results_path)
-    task = {"max_sum": reference.config.max_sum, "preferred_terms": terms}
-    results = {"task": task, "models": {}}
-    sums = np.repeat(range(MIN_SUM, reference.config.max_sum + 1), args.samples)
-    for name, model in models.items():
+    max_sum = reference.config.max_sum
+    results = {"task": {"max_sum": max_sum, "preferred_terms": terms}, "models": {}}
+    sums = [n for n in range(MIN_SUM, max_sum + 1) for _ in range(args.samples)]
+    for label, (model, saved_args, log) in models.items():
         generator = torch.Generator(args.device).manual_seed(args.seed)
         sampled = answer(model, sums, generator=generator)
         logratios = logratios_of(model, reference, sampled)
         result = evaluate(model, sampled, logratios, terms, args.seed)
-        result |= {"args": saved[name], "seconds": training_seconds(logs[name])}
-        results["models"][name] = result
-        print(f"\n{name}: some answers, and some of its mistakes")
+        result |= {"args": saved_args, "seconds": log[-1]["seconds"] if log else None}
+        results["models"][label] = result
+        print(f"\n{label}: some answers, and some of its mistakes")
         for equation in result["answers"] + result["mistakes"]:
             print("   ", mark(equation, terms))
-    atomic_write(results_path, json.dumps(results, indent=1).encode() + b"\n")
-    runs = {name: [result] for name, result in results["models"].items()}
-    print("\n" + tables.models_table(runs, terms) + "\n")
+    write_file(results_path, json.dumps(results, indent=1).encode() + b"\n")
+    print("\n" + table(results) + "\n")
+    logs = {label: log for label, (_, _, log) in models.items()}
     written = figures.draw_all(results, logs, args.plots_dir)
     print(f"Wrote {', '.join([results_path, *written])}.")
 

@@ -1,31 +1,28 @@
 """A decoder-only Transformer from scratch: log-probabilities, generation, checkpoints.
 
     from model import generate, load_checkpoint
-    model, args = load_checkpoint("runs/sft.pt")
+    model, args, log = load_checkpoint("runs/sft.pt")
     print(generate(model, ["43=", "100="]))
 
 Symbols, here and in the other files:
     B  sequences in a batch          H  attention heads
-    T  columns, padding included     C  width of the residual stream
+    T  columns                       C  width of the residual stream
     S  columns that attention sees   D  width of a head, C / H
-    V  vocabulary size               U  cells of the grid (B, T) that hold a token, row by row
-We left out dropout (every batch is fresh, so nothing can be overfitted), biases in the linear
-layers, and anything for texts longer than one equation.
+    V  vocabulary size
+We left out dropout: every batch is fresh, so nothing can be overfitted.
 """
 
 import dataclasses
 import hashlib
 import io
-import json
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from data import CUT_OFF, DEFAULT_MAX_SUM, END, EQUALS, PAD, VOCAB_SIZE, InputError
-from data import atomic_write, collate, decode, log_path, longest_completion
+from data import CUT_OFF, DEFAULT_MAX_SUM, END, PROMPT_WIDTH, VOCAB_SIZE, InputError
+from data import collate, decode, longest_completion, write_file
 
-PROMPT_WIDTH = 4  # positions of a prompt: three digits and the equals sign
+CHUNK = 1000  # answers that are written or scored at a time
 
 
 @dataclasses.dataclass
@@ -37,7 +34,7 @@ class GPTConfig:
 
     @property
     def block_size(self):
-        """Positions: those of a prompt, of the longest completion, one stray term and the end."""
+        """Columns: those of a prompt, of the longest completion, one stray term and the end."""
         return PROMPT_WIDTH + longest_completion(self.max_sum) + len(f"+{self.max_sum}") + 1
 
 
@@ -49,25 +46,22 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
-        causal_mask = torch.full([config.block_size] * 2, -torch.inf).triu(1)
-        self.register_buffer("causal_mask", causal_mask, persistent=False)
 
-    def forward(self, x, used, shape, past=None):
-        """x (U, C), the cells `used` (U,) of a grid of `shape` (B, T) -> (U, C), keys and values.
+    def forward(self, x, past=None):
+        """x (B, T, C) -> (B, T, C), and the keys and values so far, (B, H, S, D) each.
 
-        Padding comes after all tokens of its row, so the causal mask hides it from them. `past` are
-        the keys and values, (B, H, S - T, D) each, of the columns before these.
+        `past` are the keys and values of the columns before these.
         """
-        (B, T), C, H = shape, x.shape[1], self.heads
-        grid = x.new_zeros(B * T, 3 * C).index_copy(0, used, self.qkv(x))  # (B * T, 3C)
-        q, k, v = grid.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, H, S, D)
-        S = k.shape[2]
-        scores = q @ k.mT * (C // H) ** -0.5 + self.causal_mask[S - T : S, :S]  # (B, H, T, S)
+        S, D = k.shape[2:]
+        causal_mask = torch.full((T, S), -torch.inf, device=x.device).triu(S - T + 1)
+        scores = q @ k.mT * D**-0.5 + causal_mask  # (B, H, T, S)
         y = scores.softmax(-1) @ v  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B * T, C).index_select(0, used)  # (U, C)
-        return self.out(y), (k, v)
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), (k, v)
 
 
 class MLP(nn.Module):
@@ -93,10 +87,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x, used, shape, past=None):
-        y, kv = self.attention(self.norm1(x), used, shape, past)
+    def forward(self, x, past=None):
+        y, keys_and_values = self.attention(self.norm1(x), past)
         x = x + y
-        return x + self.mlp(self.norm2(x)), kv
+        return x + self.mlp(self.norm2(x)), keys_and_values
 
 
 class GPT(nn.Module):
@@ -108,7 +102,6 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, VOCAB_SIZE, bias=False)
-
         nn.init.normal_(self.token_embedding.weight, std=0.2)
         nn.init.normal_(self.position_embedding.weight, std=0.2)
         nn.init.zeros_(self.head.weight)  # the first loss is that of a uniform guess
@@ -116,90 +109,90 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.out.weight)
 
-    def forward(self, tokens, positions=None, cache=None):
-        """tokens (B, T) -> logits (B, T, V) for the token after each, zero at padding.
+    def forward(self, tokens, cache=None):
+        """tokens (B, T) -> logits (B, T, V) for the token after each.
 
-        In generation `tokens` are the next columns, `positions` (B, T) are theirs, and `cache` is a
-        list with an entry a block, at first None: the keys and values of earlier columns.
+        In generation `tokens` are the next columns, and `cache` is a list with an entry a block:
+        the keys and values of the columns before them, or None at first. It is updated in place.
         """
-        positions = positions_of(tokens) if positions is None else positions
         cache = cache or [None] * len(self.blocks)
-        used = (tokens != PAD).flatten().nonzero()[:, 0]  # (U,): padding never enters the blocks
-        x = self.token_embedding(tokens.flatten()[used])  # (U, C)
-        x = x + self.position_embedding(positions.flatten()[used])
+        start = cache[0][0].shape[2] if cache[0] else 0
+        x = self.token_embedding(tokens)  # (B, T, C)
+        x = x + self.position_embedding.weight[start : start + tokens.shape[1]]
         for i, block in enumerate(self.blocks):
-            x, cache[i] = block(x, used, tokens.shape, cache[i])
-        logits = self.head(self.norm(x))  # (U, V)
-        grid = logits.new_zeros(tokens.numel(), VOCAB_SIZE).index_copy(0, used, logits)
-        return grid.view(*tokens.shape, VOCAB_SIZE)
-
-
-def positions_of(tokens):
-    """(B, T) -> (B, T): distances from the first equals sign, whose own position is 3."""
-    equals = (tokens == EQUALS).int().argmax(1, keepdim=True)  # (B, 1), the first if several
-    return torch.arange(tokens.shape[1], device=tokens.device) - equals + PROMPT_WIDTH - 1
+            x, cache[i] = block(x, cache[i])
+        return self.head(self.norm(x))
 
 
 def completion_logps(model, tokens, completion_mask):
     """log pi(y|x), summed over each completion, in nats: tokens and mask (B, T) -> (B,)."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T - 1)
-    inputs = inputs.masked_fill(targets == PAD, PAD)  # nothing comes after the last token
-    targets = targets.masked_fill(~completion_mask[:, 1:], PAD)
-    logits = model(inputs).flatten(0, 1)  # (B * (T - 1), V)
-    nats = F.cross_entropy(logits, targets.flatten(), ignore_index=PAD, reduction="none")
-    return -nats.view_as(targets).sum(1)  # (B,)
+    logps = model(tokens[:, :-1]).log_softmax(-1)  # (B, T - 1, V)
+    logps = logps.gather(2, tokens[:, 1:, None])[:, :, 0]  # (B, T - 1), of the tokens that came
+    return (logps * completion_mask[:, 1:]).sum(1)  # (B,)
 
 
 @torch.no_grad()
 def generate(model, prompts, greedy=False, generator=None):
     """Completions (strings) of `prompts`; one that the model did not end closes with an ellipsis.
 
-    Greedy, or sampled at temperature 1 with a torch `generator`. The batch grows by a column at a
-    time: first by the prompt's characters, then by the answer's. Rows that have ended leave it.
+    Greedy, or sampled at temperature 1 with a torch `generator`. A ValueError says which prompt
+    does not fit. A row that has ended goes on with tokens that nobody reads.
     """
-    device, longest = model.head.weight.device, model.config.block_size - PROMPT_WIDTH
-    tokens, _ = collate([(prompt, CUT_OFF) for prompt in prompts])
-    tokens = F.pad(tokens.to(device), (0, longest), value=PAD)  # (B, T)
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    alive = torch.arange(len(prompts), device=device)  # (A,) rows that still grow
-    positions, cache, done = positions_of(tokens), [None] * len(model.blocks), 0
-    for t in range(min(map(len, prompts), default=0), tokens.shape[1]):
-        if len(alive) == 0:
-            break
-        logits = model(tokens[alive, done:t], positions[alive, done:t], cache)[:, -1]  # (A, V)
-        done = t
+    device, cache = model.head.weight.device, [None] * len(model.blocks)
+    new, _ = collate([(prompt, CUT_OFF) for prompt in prompts], device)  # (B, 4), not yet read
+    written = new[:, :0]
+    for _ in range(model.config.block_size - PROMPT_WIDTH):
+        logits = model(new, cache)[:, -1]  # (B, V)
         if greedy:
-            drawn = logits.argmax(1)
-        else:  # a diverged model answers with noise
-            drawn = torch.multinomial(logits.softmax(1).nan_to_num(1), 1, generator=generator)[:, 0]
-        tokens[alive, t] = drawn = drawn.where(t >= starts[alive], tokens[alive, t])
-        growing = ((drawn != END) & (t + 1 < starts[alive] + longest)).nonzero()[:, 0]
-        alive = alive[growing]
-        cache = [(k[growing], v[growing]) for k, v in cache]
-    return [decode(row[len(prompt) :]) for row, prompt in zip(tokens.tolist(), prompts)]
+            new = logits.argmax(1, keepdim=True)  # (B, 1)
+        else:  # a model that has diverged writes noise
+            new = torch.multinomial(logits.softmax(1).nan_to_num(1), 1, generator=generator)
+        written = torch.cat([written, new], dim=1)
+        if (written == END).any(1).all():
+            break
+    return [decode(row) for row in written.tolist()]
+
+
+def answer(model, sums, greedy=False, generator=None):
+    """An answer to each of `sums`, as a list of equations."""
+    prompts, completions = [f"{n}=" for n in sums], []
+    for i in range(0, len(prompts), CHUNK):
+        completions += generate(model, prompts[i : i + CHUNK], greedy, generator)
+    return [prompt + completion for prompt, completion in zip(prompts, completions)]
+
+
+@torch.no_grad()
+def logps_of(model, answers):
+    """log pi(y|x) in nats of the completion of each answer: (answers,)."""
+    splits = [answer.partition("=") for answer in answers]
+    examples = [(n + equals, completion) for n, equals, completion in splits]
+    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+    device = model.head.weight.device
+    return torch.cat([completion_logps(model, *collate(chunk, device)).cpu() for chunk in chunks])
+
+
+def logratios_of(model, reference, answers):
+    """log pi - log pi_ref in nats of the completion of each answer: (answers,)."""
+    return logps_of(model, answers) - logps_of(reference, answers)
 
 
 def save_checkpoint(path, model, args, log):
-    """Writes {"config", "model", "args"}, of plain types, and its log beside it, as JSON lines."""
+    """Writes {"config", "model", "args", "log"}, of plain types; the log is a list of dicts."""
     buffer, config = io.BytesIO(), dataclasses.asdict(model.config)
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    torch.save({"config": config, "model": weights, "args": args}, buffer)
-    atomic_write(log_path(path), "".join(json.dumps(line) + "\n" for line in log).encode())
-    atomic_write(path, buffer.getvalue())
+    torch.save({"config": config, "model": model.state_dict(), "args": args, "log": log}, buffer)
+    write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path, device="cpu"):
-    """The model, in evaluation mode, and the args that save_checkpoint wrote; else InputError."""
+    """The model, in evaluation mode, and the args and the log of its training; else InputError."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-        return model.to(device).eval(), dict(checkpoint["args"])
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}; train_sft.py writes the first") from None
+        return model.to(device).eval(), dict(checkpoint["args"]), list(checkpoint["log"])
     except Exception as error:  # torch.load has no one type for what is no checkpoint
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a checkpoint of this version: {reason}") from None
+        raise InputError(f"{path} is no checkpoint of this version: {reason}") from None
 
 
 def fingerprint(model):

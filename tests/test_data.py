@@ -1,43 +1,46 @@
 """Tokens, parser, metrics, the generator against closed forms, files of pairs, errors and flags."""
 
 import argparse
+import contextlib
+import io
 import math
+import multiprocessing
 import os
 import resource
+import sys
 from collections import Counter
 from itertools import combinations, islice, product
 from pathlib import Path
+from random import Random
 
-import numpy as np
 import pytest
 
 import data
-from data import CUT_OFF, END, PAD
+from data import CUT_OFF, END
 
 GOOD = '{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}'
 
 
 def test_tokens_and_masks_by_hand():
-    assert data.encode("0123456789+=") == list(range(12)) and (END, PAD) == (12, 13)
-    assert data.decode([4, 10, 5, END, PAD]) == "4+5" and data.decode([END, 1]) == ""
-    assert data.decode([4, 10, 5, PAD]) == "4+5" + CUT_OFF and data.decode([]) == CUT_OFF
+    """A completion starts in column 4 and is masked up to its own end token."""
+    assert data.encode("0123456789+=") == list(range(12)) and (END, data.VOCAB_SIZE) == (12, 13)
+    assert data.decode([4, 10, 5, END, 7]) == "4+5" and data.decode([END, 1]) == ""
+    assert data.decode([4, 10, 5]) == "4+5" + CUT_OFF and data.decode([]) == CUT_OFF
     tokens, mask = data.collate([("9=", "4+5"), ("100=", "0"), ("10=", ""), ("7=", "60" + CUT_OFF)])
-    rows = [9, 11, 4, 10, 5, END], [1, 0, 0, 11, 0, END], [1, 0, 11, END, PAD, PAD]
-    assert tokens.tolist() == [*rows, [7, 11, 6, 0, PAD, PAD]]
-    rows = "..xxxx", "....xx", "...x..", "..xx.."
+    rows = [0, 0, 9, 11, 4, 10, 5, END], [1, 0, 0, 11, 0, END, END, END]
+    rows += [0, 1, 0, 11, END, END, END, END], [0, 0, 7, 11, 6, 0, END, END]
+    assert tokens.tolist() == list(rows)
+    rows = "....xxxx", "....xx..", "....x...", "....xx.."
     assert mask.tolist() == [[x == "x" for x in row] for row in rows]
-    assert [x.shape for x in data.collate([])] == [(0, 2), (0, 2)]
-    for text in ("9-4", "9=4 5", "9=４+5", "9=4+5\n", f"9={CUT_OFF}4"):
+    assert [x.shape for x in data.collate([])] == [(0, 4), (0, 4)]
+
+
+def test_what_the_model_cannot_read_is_refused():
+    prompts = "1000=", "x=", "=", "", "9", "9=4", "-9=", " 9=", "9=\n", "٩="
+    completions = "4-5", "4 5", "４+5", "4+5\n", f"{CUT_OFF}4"
+    for bad in [(x, "4+5") for x in prompts] + [("9=", x) for x in completions]:
         with pytest.raises(ValueError):
-            data.collate([("9=", text)])
-
-
-def test_decode_undoes_collate():
-    examples = data.random_equations(np.random.default_rng(0), 50, range(5, 1000))
-    examples += [(prompt, answer[:-1] + CUT_OFF) for prompt, answer in examples]
-    for row, used, (prompt, answer) in zip(*data.collate(examples), examples):
-        assert data.decode(row[: len(prompt)].tolist()) == prompt + CUT_OFF
-        assert data.decode(row[len(prompt) :].tolist()) == data.decode(row[used].tolist()) == answer
+            data.collate([("9=", "4+5"), bad])
 
 
 def test_parse_takes_equations_right_or_wrong_and_nothing_else():
@@ -71,28 +74,29 @@ def is_uniform(drawn, every, bound):
 
 
 def test_sums_and_term_counts_are_uniform_and_independent():
-    examples = data.random_equations(np.random.default_rng(1), 60_000, data.seen_sums())
-    seen, both = data.seen_sums().tolist(), [(int(x[:-1]), y.count("+") + 1) for x, y in examples]
+    seen = data.seen_sums()
+    examples = data.random_equations(Random(1), 60_000, seen)
+    both = [(int(prompt[:-1]), completion.count("+") + 1) for prompt, completion in examples]
+    assert all(data.is_exact("".join(example)) for example in examples)
     assert is_uniform([n for n, _ in both], seen, 131.0)
     assert is_uniform([k for _, k in both], (2, 3, 4, 5), 16.27)
     assert is_uniform(both, list(product(seen, (2, 3, 4, 5))), 429.7)
 
 
-@pytest.mark.parametrize("total, k, bound", [(5, 5, 1), (12, 2, 29.6), (11, 4, 172.4)])
-def test_compositions_are_uniform(total, k, bound):
-    """Every composition is listed from its cut points; half of the batch has another sum."""
-    edges = [(0, *cuts, total) for cuts in combinations(range(1, total), k - 1)]
+@pytest.mark.parametrize("n, k, bound", [(5, 5, 1), (12, 2, 29.6), (11, 4, 172.4)])
+def test_compositions_are_uniform(n, k, bound):
+    """Every composition is listed from its cut points."""
+    edges = [(0, *cuts, n) for cuts in combinations(range(1, n), k - 1)]
     every = ["+".join(str(b - a) for a, b in zip(row, row[1:])) for row in edges]
-    sums = np.repeat([total, 100], 200 * len(every))
-    drawn = data.compositions(np.random.default_rng(2), sums, np.full(len(sums), k))
-    assert is_uniform(drawn[: len(sums) // 2], every, bound)
+    rng = Random(2)
+    assert is_uniform([data.composition(rng, n, k) for _ in range(200 * len(every))], every, bound)
 
 
 def test_entropy_floor_equals_a_plain_loop_over_the_ways_to_split_a_sum():
     ways = {(n, 1): 1 for n in range(1, 101)}  # of n into k terms, by the value of the last one
     for k, n in product((2, 3, 4, 5), range(1, 101)):
         ways[n, k] = sum(ways[n - last, k - 1] for last in range(1, n))
-    for sums, floor in ((range(5, 101), 9.179), (data.seen_sums().tolist(), 9.163)):
+    for sums, floor in ((range(5, 101), 9.179), (data.seen_sums(), 9.163)):
         kinds = list(product(sums, (2, 3, 4, 5)))
         expected = sum(math.log(4 * ways[kind]) for kind in kinds) / len(kinds)
         got = data.entropy_floor([f"{n}=" + "1+" * (k - 1) + f"{n - k + 1}" for n, k in kinds])
@@ -100,12 +104,11 @@ def test_entropy_floor_equals_a_plain_loop_over_the_ways_to_split_a_sum():
 
 
 @pytest.mark.parametrize("max_sum", [20, 100, 999])
-def test_held_out_sums_are_spread_and_never_drawn(max_sum):
-    held_out, seen = data.held_out_sums(max_sum), data.seen_sums(max_sum).tolist()
+def test_held_out_sums_are_spread_and_all_other_sums_are_seen(max_sum):
+    held_out, seen = data.held_out_sums(max_sum), data.seen_sums(max_sum)
     assert len(set(held_out)) == 10 and sorted(held_out + seen) == list(range(5, max_sum + 1))
-    assert np.diff([5, *held_out, max_sum]).max() <= math.ceil((max_sum - 5) / 10)
-    drawn = data.random_equations(np.random.default_rng(5), 2000, data.seen_sums(max_sum))
-    assert {prompt for prompt, _ in drawn}.isdisjoint(f"{n}=" for n in held_out)
+    edges = [5, *held_out, max_sum]
+    assert max(b - a for a, b in zip(edges, edges[1:])) <= math.ceil((max_sum - 5) / 10)
 
 
 def test_golden_sums_and_lengths():
@@ -117,26 +120,28 @@ def test_golden_sums_and_lengths():
 
 @pytest.mark.parametrize("preferred", data.TERM_COUNTS)
 def test_pairs_are_right_and_rejected_has_each_other_number_of_terms_equally_often(preferred):
-    counts, seen = [], data.seen_sums()
-    for x, chosen, rejected in data.random_pairs(np.random.default_rng(4), 3000, seen, preferred):
+    seen, sums, counts = data.seen_sums(), [], []
+    for x, chosen, rejected in data.random_pairs(Random(4), 3000, seen, preferred):
         assert data.is_preferred(x + chosen, preferred) and data.is_exact(x + rejected)
-        assert int(x[:-1]) in seen
+        sums.append(int(x[:-1]))
         counts.append(rejected.count("+") + 1)
+    assert is_uniform(sums, seen, 131.0)
     assert is_uniform(counts, {2, 3, 4, 5} - {preferred}, 13.82)
 
 
 def test_shuffled_forever_gives_each_item_once_a_round():
-    drawn = data.shuffled_forever(np.random.default_rng(0), "abcdefgh")
+    drawn = data.shuffled_forever(Random(0), "abcdefgh")
     rounds = ["".join(islice(drawn, 8)) for _ in range(50)]
     assert {"".join(sorted(x)) for x in rounds} == {"abcdefgh"} and len(set(rounds)) > 45
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_pairs_on_the_command_line_can_be_read_back(tmp_path, capsys, encoding):
+    """And a line with a remark; in its string JSON allows other line ends than its own."""
     data.main(data.parse_args(["--pairs", "--count", "7", "--seed", "5", "--preferred-terms", "4"]))
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes((capsys.readouterr().out + "\r\n\n").encode(encoding))
-    expected = data.random_pairs(np.random.default_rng(5), 7, data.seen_sums(), 4)
+    path, remark = tmp_path / "pairs.jsonl", GOOD[:-1] + ', "remark": "\u2028 \u0085"}'
+    path.write_bytes((capsys.readouterr().out + "\r\n\n" + remark).encode(encoding))
+    expected = data.random_pairs(Random(5), 7, data.seen_sums(), 4) + [("9=", "3+3+3", "4+5")]
     assert data.read_pairs(path, 100) == expected and capsys.readouterr().out == ""
     path.write_text("\n".join(GOOD.replace("9=", f"{n}=") for n in (9, 11, 200)))
     assert len(data.read_pairs(path, 100)) == 3
@@ -164,25 +169,44 @@ def test_unusable_pairs_are_named_by_file_and_line(tmp_path):
     assert data.read_pairs(path, 100) == [("9=", "3+3+3", "1+" * 6 + "11")]
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     path, (soft, hard) = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
-    data.atomic_write(path, b"before")
+    data.write_file(path, b"before")
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as if the disk were full
     try:
         with pytest.raises(OSError):
-            data.atomic_write(path, b"x" * 1000)
+            data.write_file(path, b"x" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_can_write_one_file_at_the_same_time(tmp_path, monkeypatch):
+    """The other one writes all of it when we have written ours, but have not yet put it there."""
+    path, replace = tmp_path / "out", os.replace
+
+    def replace_late(source, target):
+        monkeypatch.undo()
+        fork = multiprocessing.get_context("fork")
+        other = fork.Process(target=data.write_file, args=(path, b"theirs"))
+        other.start()
+        other.join()
+        assert path.read_bytes() == b"theirs"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_late)
+    data.write_file(path, b"ours")
+    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("old").write_text("old"), os.mkfifo("fifo"), os.mkdir("folder")
-    data.check_writable("old", "new", "deep/er/new")
-    for path in ("folder", "folder/", "", "fifo", "/dev/null", "old/below"):
+    for path in ("old", "new", "deep/er/new"):
+        data.check_writable(path)
+    for path in ("folder", "folder/", "", "fifo", "/dev/null", "old/below", "x" * 254):
         with pytest.raises((data.InputError, OSError)):
-            data.check_writable("new", path)
+            data.check_writable(path)
     assert Path("old").read_text() == "old" and not any(Path("deep/er").iterdir())
     assert set(os.listdir()) == {"old", "fifo", "folder", "deep"}
 
@@ -210,3 +234,14 @@ def test_errors_of_a_script_end_in_a_status_and_one_line(capsys):
         err, interrupted = capsys.readouterr().err, isinstance(error, KeyboardInterrupt)
         assert (stop.value.code, err.count("\n")) == ((130, 0) if interrupted else (2, 1))
         assert str(error) in err
+
+
+def test_a_script_can_print_in_a_notebook_and_on_an_ascii_terminal(monkeypatch):
+    """The streams of a notebook are no files, and have no method `reconfigure`."""
+    notebook, terminal = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    for stream in (notebook, terminal):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with contextlib.redirect_stdout(stream):
+            data.run_script(lambda: print("✓ 9=4+5"))
+    assert notebook.getvalue() == "✓ 9=4+5\n"
+    assert terminal.buffer.getvalue() == b"? 9=4+5\n"

@@ -1,23 +1,17 @@
 """The preference losses against worked numbers, the pairs of every source, the looks."""
 
-import functools
-import json
-from collections import Counter
+import random
 
-import numpy as np
 import pytest
 import torch
+from conftest import mixed_model, plain_logp, random_model, taught_model
 
 import train_dpo
-from data import collate, is_preferred, measure, parse, random_pairs, seen_sums
-from model import GPT, GPTConfig, completion_logps, fingerprint, generate, load_checkpoint
-from model import save_checkpoint
-from train_dpo import SOURCES, dpo_loss, ipo_loss, look
+from data import is_preferred, mark, measure, random_pairs, seen_sums
+from model import fingerprint, generate, load_checkpoint, save_checkpoint
+from train_dpo import LOSSES, SOURCES, dpo_loss, look
 
-MAX_SUM = 20
-SUMS = seen_sums(MAX_SUM).tolist()
-
-# ---- the losses ------------------------------------------------------------------------------
+SUMS = seen_sums(20)
 
 # Log-probs of three pairs, so that z = log-ratio of chosen minus that of rejected is 2, -2 and 0:
 # (-12 - -13) - (-15 - -14) = 2; (-20 - -19) - (-18 - -19) = -2; (-5 - -5) - (-5 - -5) = 0.
@@ -25,31 +19,31 @@ POLICY_CHOSEN, POLICY_REJECTED = [-12.0, -20.0, -5.0], [-15.0, -18.0, -5.0]
 REF_CHOSEN, REF_REJECTED = [-13.0, -19.0, -5.0], [-14.0, -19.0, -5.0]
 
 
-def four():
-    rows = (POLICY_CHOSEN, POLICY_REJECTED, REF_CHOSEN, REF_REJECTED)
-    return [torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in rows]
-
-
-SMOOTH = functools.partial(dpo_loss, label_smoothing=0.1)
-
-
 @pytest.mark.parametrize(
-    "loss, beta, expected",
+    "loss, beta, smoothing, expected",
     [
         # -log sigmoid(0.8 * 2) = log(1 + exp(-1.6)) = 0.18390074; 1.6 more at z = -2; log 2 at 0
-        (dpo_loss, 0.8, [0.18390074, 1.78390074, 0.69314718]),
-        (dpo_loss, 0.1, [0.59813887, 0.79813887, 0.69314718]),
+        ("sigmoid", 0.8, 0, [0.18390074, 1.78390074, 0.69314718]),
+        ("sigmoid", 0.1, 0, [0.59813887, 0.79813887, 0.69314718]),
         # 0.9 of the loss above and 0.1 of it with z turned round, 1.6 (or 0.2) more or less
-        (SMOOTH, 0.8, [0.34390074, 1.62390074, 0.69314718]),
-        (SMOOTH, 0.1, [0.61813887, 0.77813887, 0.69314718]),
+        ("sigmoid", 0.8, 0.1, [0.34390074, 1.62390074, 0.69314718]),
+        ("sigmoid", 0.1, 0.1, [0.61813887, 0.77813887, 0.69314718]),
         # (z - 1 / 1.6)^2 = (2 - 0.625)^2 = 1.890625; with beta 0.1 the target is 5
-        (ipo_loss, 0.8, [1.890625, 6.890625, 0.390625]),
-        (ipo_loss, 0.1, [9, 49, 25]),
+        ("ipo", 0.8, 0, [1.890625, 6.890625, 0.390625]),
+        ("ipo", 0.1, 0, [9, 49, 25]),
+        # 0.9 * 1.890625 + 0.1 * 6.890625, and the other way round
+        ("ipo", 0.8, 0.1, [2.390625, 6.390625, 0.390625]),
+        ("ipo", 0.1, 0.1, [13, 45, 25]),
+        # -log pi(chosen); smoothed, 0.9 * 12 + 0.1 * 15 and 0.9 * 20 + 0.1 * 18
+        ("imitation", 0.8, 0, [12, 20, 5]),
+        ("imitation", 0.1, 0.1, [12.3, 19.8, 5]),
     ],
 )
-def test_golden_numbers(loss, beta, expected):
+def test_golden_numbers(loss, beta, smoothing, expected):
     """A reward is beta times a log-ratio, and no gradient flows through it."""
-    losses, chosen_rewards, rejected_rewards = loss(*four(), beta)
+    rows = POLICY_CHOSEN, POLICY_REJECTED, REF_CHOSEN, REF_REJECTED
+    four = [torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in rows]
+    losses, chosen_rewards, rejected_rewards = LOSSES[loss](*four, beta, smoothing)
     assert losses.tolist() == pytest.approx(expected, abs=1e-8) and losses.requires_grad
     assert chosen_rewards.tolist() == pytest.approx([beta, -beta, 0])
     assert rejected_rewards.tolist() == pytest.approx([-beta, beta, 0])
@@ -62,145 +56,100 @@ def test_sigmoid_loss_stays_finite_where_sigmoid_underflows():
     assert dpo_loss(zero, far, zero, zero, 1.0)[0].item() == pytest.approx(0.0, abs=1e-30)
 
 
-# ---- where pairs come from -------------------------------------------------------------------
-
-
-def clueless_model():
-    """Random weights: hardly an answer is an equation, and none is preferred."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(depth=2, width=16, heads=2, max_sum=MAX_SUM)).eval()
-    torch.nn.init.normal_(model.head.weight, std=0.3)
-    return model
-
-
 @pytest.fixture(scope="module")
 def clueless():
-    return clueless_model()
-
-
-def taught(examples):
-    """A model that has learned to answer just so, almost."""
-    model, batch = clueless_model(), collate(examples)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(120):
-        (-completion_logps(model, *batch).mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    """Hardly an answer is an equation, and none is preferred."""
+    return random_model()
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """About a third each of its answers have three terms, are right with two, and are wrong."""
-    forms = (lambda n: f"1+2+{n - 3}", lambda n: f"{n - 1}+1", lambda n: f"1+{n - 2}")
-    return taught([(f"{n}=", form(n)) for n in SUMS for form in forms])
+    return mixed_model(SUMS)
 
 
 @pytest.fixture(scope="module")
 def flawless():
     """Every answer to a seen sum is preferred."""
-    model = taught([(f"{n}=", f"1+2+{n - 3}") for n in SUMS])
+    model = taught_model([(f"{n}=", f"1+2+{n - 3}") for n in SUMS])
     with torch.no_grad():
         model.head.weight.mul_(4)  # what is likely becomes all but certain
     return model
 
 
 def drawn(count, terms=3):
-    return random_pairs(np.random.default_rng(7), count, SUMS, terms)
+    return random_pairs(random.Random(7), count, SUMS, terms)
+
+
+def test_offline_pairs_are_those_of_the_generator(trained, clueless):
+    assert SOURCES["offline"](drawn(100), clueless, trained, 3) == (drawn(100), [])
 
 
 @pytest.mark.parametrize("terms", [2, 3])
-@pytest.mark.parametrize("name", SOURCES)
-def test_a_preferred_answer_is_chosen_above_one_that_is_not(name, terms, trained):
-    """To the same prompt; and no prompt comes more often than it was drawn."""
-    written = drawn(100, terms)
-    pairs, unpaired = SOURCES[name](written, trained, trained, terms)
-    assert len(pairs) > 20 and len(set(pairs)) > 10
-    for prompt, chosen, rejected in pairs:
-        assert is_preferred(prompt + chosen, terms) and not is_preferred(prompt + rejected, terms)
-    examples = [(prompt, chosen) for prompt, chosen, _ in pairs] + unpaired
-    prompts = Counter(prompt for prompt, _ in examples)
-    assert prompts <= Counter(prompt for prompt, _, _ in written)
-    if name in ("offline", "mistakes"):
-        assert Counter(examples) == Counter(written_pair[:2] for written_pair in written)
-    assert (len(unpaired) > 5) == (name == "mistakes")
-    assert (pairs == written) == (name == "offline")
-
-
-def test_mistakes_are_the_answers_of_the_policy_that_are_not_preferred(trained, clueless):
+def test_mistakes_are_the_answers_of_the_policy_that_are_not_preferred(trained, clueless, terms):
     """As they are now: a clueless policy gives a pair a prompt, a better one fewer."""
-    written = drawn(100)
+    written = drawn(100, terms)
     for policy, reference in ((trained, clueless), (clueless, trained)):
         torch.manual_seed(3)
-        pairs, unpaired = SOURCES["mistakes"](written, policy, reference, 3)
+        pairs, unpaired = SOURCES["mistakes"](written, policy, reference, terms)
         torch.manual_seed(3)
         answers = generate(policy, [prompt for prompt, _, _ in written])
         expected = [(p, chosen, x) for (p, chosen, _), x in zip(written, answers)]
-        assert pairs == [(p, c, x) for p, c, x in expected if not is_preferred(p + x, 3)]
-        assert unpaired == [(p, c) for p, c, x in expected if is_preferred(p + x, 3)]
-        assert (len(pairs) == 100) == (policy is clueless)
+        assert pairs == [(p, c, x) for p, c, x in expected if not is_preferred(p + x, terms)]
+        assert unpaired == [(p, c) for p, c, x in expected if is_preferred(p + x, terms)]
+        assert len(unpaired) > 5 or policy is clueless
+        assert len(pairs) == 100 or policy is trained
 
 
-def test_judged_pairs_are_two_answers_of_the_right_model(trained, clueless):
+@pytest.mark.parametrize("terms", [2, 3])
+def test_judged_pairs_are_two_answers_of_the_right_model(trained, clueless, terms):
     """Without a preferred answer the judge decides nothing, and there is no pair."""
-    prompts = [prompt for prompt, _, _ in drawn(100)]
+    written = drawn(100, terms)
+    prompts = [prompt for prompt, _, _ in written]
     torch.manual_seed(3)
     answers = list(zip(prompts, generate(trained, prompts), generate(trained, prompts)))
-    good = [[is_preferred(p + side, 3) for side in two] for p, *two in answers]
+    good = [tuple(is_preferred(p + side, terms) for side in two) for p, *two in answers]
+    assert set(good) == {(True, False), (False, True), (True, True), (False, False)}
     expected = []
-    for (prompt, one, other), (a, b) in zip(answers, good):
-        expected += [(prompt, one, other)] if a > b else [(prompt, other, one)] if a < b else []
+    for (prompt, one, other), (one_is_good, other_is_good) in zip(answers, good):
+        if one_is_good and not other_is_good:
+            expected.append((prompt, one, other))
+        if other_is_good and not one_is_good:
+            expected.append((prompt, other, one))
     sources = (("reference", clueless, trained), ("online", trained, clueless))
     for name, policy, reference in sources:
         torch.manual_seed(3)
-        assert SOURCES[name](drawn(100), policy, reference, 3) == (expected, [])
-        assert SOURCES[name](drawn(100), reference, policy, 3) == ([], [])
-    assert {(True, False), (False, True), (True, True), (False, False)} == set(map(tuple, good))
-
-
-def test_no_prompts_give_no_pairs(trained):
-    for source in SOURCES.values():
-        assert source([], trained, trained, 3) == ([], [])
-
-
-# ---- runs ------------------------------------------------------------------------------------
+        assert SOURCES[name](written, policy, reference, terms) == (expected, [])
+        assert SOURCES[name](written, reference, policy, terms) == ([], [])
 
 
 @pytest.mark.parametrize("pairs", ["mistakes", "online", "reference"])
 def test_a_flawless_policy_gives_no_pair_and_stays_as_it_is(pairs, flawless, tmp_path):
     """Unless --nll-weight holds up the answers that it gets right."""
-    save_checkpoint(str(tmp_path / "sft.pt"), flawless, {}, [])
+    save_checkpoint(tmp_path / "sft.pt", flawless, {}, [])
     for weight in ("0", "0.5"):
         flags = f"--steps 3 --batch-size 4 --lr 1e-4 --pairs {pairs} --nll-weight {weight}".split()
         paths = ["--sft", f"{tmp_path}/sft.pt", "--out", f"{tmp_path}/out.pt"]
         train_dpo.main(train_dpo.parse_args(flags + paths))
-        model, args = load_checkpoint(f"{tmp_path}/out.pt")
+        model, args, log = load_checkpoint(tmp_path / "out.pt")
         assert args["reference"] == fingerprint(flawless) and args["batch_size"] == 4
         learns = pairs == "mistakes" and weight == "0.5"
         assert (fingerprint(model) == fingerprint(flawless)) == (not learns)
-        log = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        steps = [record for record in log if "own" not in record]
-        assert [record["pairs"] for record in steps] == [0, 0, 0]
-        assert not any("loss" in record or "rewards/chosen" in record for record in steps)
+        assert [record.get("pairs") for record in log] == [None, 0, 0, 0]
+        assert not any("loss" in record or "rewards/chosen" in record for record in log)
 
 
 @pytest.mark.parametrize("terms", [2, 3, 4])
-def test_a_look_measures_answers_to_every_sum(trained, clueless, terms):
-    """Against a plain count: several samples of each sum, held-out ones too, and three to show."""
-    own, marks = look(trained, clueless, terms)
-    prompts = [f"{n}=" for n in range(5, MAX_SUM + 1)] * train_dpo.LOOK_SAMPLES
-    prompts += ["20=", "11=", "9="]
+def test_a_look_measures_answers_to_every_sum(trained, clueless, terms, capsys):
+    """Several samples of each sum, held-out ones too, and three to show."""
+    own = look(trained, clueless, terms, 7)
+    prompts = [f"{n}=" for n in [*range(5, 21)] * train_dpo.LOOK_SAMPLES + [20, 11, 9]]
     generator = torch.Generator().manual_seed(train_dpo.LOOK_SEED)
     answers = generate(trained, prompts, generator=generator)
     equations = [prompt + answer for prompt, answer in zip(prompts, answers)]
-    results = [parse(equation) or (0, [1]) for equation in equations]
-    exact = [len(numbers) for n, numbers in results if n == sum(numbers)]
-    with torch.no_grad():
-        batch = collate(list(zip(prompts, answers)))
-        logps, ref_logps = (completion_logps(model, *batch) for model in (trained, clueless))
-    kl = pytest.approx((logps - ref_logps).mean().item())
-    assert own == measure(equations, terms) | {"kl": kl}
-    assert own["n"] == len(prompts) and own["exact"] == pytest.approx(len(exact) / len(prompts))
-    assert own["preferred"] == pytest.approx(exact.count(terms) / len(prompts))
-    assert [mark.split()[1] for mark in marks] == equations[-3:]
-    assert own["kl"] > 0 and look(clueless, clueless, terms)[0]["kl"] == 0
+    ratios = [plain_logp(trained, x) - plain_logp(clueless, x) for x in equations]
+    kl = sum(ratios) / len(ratios)
+    assert own == measure(equations, terms) | {"kl": pytest.approx(kl, rel=1e-4)}
+    assert own["n"] == len(prompts) and 0 < own["exact"] < 1 and own["kl"] > 0
+    shown = capsys.readouterr().out
+    assert all(mark(equation, terms) in shown for equation in equations[-3:])
+    assert look(clueless, clueless, terms, 7)["kl"] == 0

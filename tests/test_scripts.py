@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -11,16 +12,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 import evaluate
 import train_dpo
 import train_sft
-from model import GPT, GPTConfig, fingerprint, load_checkpoint, save_checkpoint
+from data import measure
+from model import GPT, GPTConfig, answer, load_checkpoint, logratios_of, save_checkpoint
 from plots import figures
 
 ROOT = Path(__file__).parent.parent
-MODELS = ["sft", "dpo_offline", "dpo_offline_nll", "dpo"]
+LABELS = {"sft": "SFT", "dpo_offline": "offline", "dpo_offline_nll": "offline + NLL"}
+LABELS |= {"dpo": "mistakes"}  # by file
 TINY = "--depth 1 --width 16 --heads 2 --max-sum 20 --batch-size 32"
 
 
@@ -33,80 +37,51 @@ def folder(tmp_path_factory):
     """The working folder, in which all stages have run, shortly, and have been evaluated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("project"))
-        patch.setattr(train_sft, "LOOKS", 6)
-        patch.setattr(train_dpo, "EVEN_LOOKS", 3)
+        patch.setattr(train_sft, "LOOKS", 3)
+        patch.setattr(train_dpo, "EVEN_LOOKS", 1)
         patch.setitem(figures.STYLE, "figure.dpi", 40)
-        run(train_sft, f"{TINY} --steps 60 --lr 0.02")
-        run(train_dpo, "--steps 24 --batch-size 8")
-        run(train_dpo, "--steps 4 --batch-size 8 --pairs offline --out runs/dpo_offline.pt")
-        run(evaluate, "--samples 2")
+        run(train_sft, f"{TINY} --steps 99 --lr 0.03")
+        run(train_dpo, "--steps 5 --batch-size 8")
+        run(train_dpo, "--steps 1 --batch-size 8 --pairs offline --lr 3e-4 --out runs/a.pt")
+        run(evaluate, "--samples 2 --seed 3")
         Path("mine.jsonl").write_text('{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}')
         yield
 
 
-def read_log(name, key):
-    lines = Path(f"runs/{name}.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if key in record]
-
-
-def contents():
-    return {path: hash(path.read_bytes()) for path in Path().rglob("*.*") if path.is_file()}
-
-
-def test_logs_say_what_the_steps_did():
-    log = read_log("sft", "gap")
-    assert [r["step"] for r in log] == [*range(10, 61, 10)] and log[-1]["gap"] < log[0]["gap"]
-    looks = read_log("dpo", "own")
-    assert [r["step"] for r in looks] == [0, 1, 2, 4, 8, 16, 24]
-    assert looks[0]["own"]["kl"] == 0 != looks[-1]["own"]["kl"]
-    for name in ("dpo", "dpo_offline"):
-        steps = read_log(name, "loss")
-        assert steps[-1]["rewards/margins"] != 0 == pytest.approx(steps[0]["rewards/margins"])
-        margins = [r["rewards/chosen"] - r["rewards/rejected"] for r in steps]
-        assert [r["rewards/margins"] for r in steps] == pytest.approx(margins, abs=1e-4)
-    # Policy and reference agree at first, so the loss of each of the 8 pairs is log 2.
-    assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and steps[-1]["pairs"] == 4 * 8
-
-
-def test_all_stages_leave_checkpoints_logs_figures_and_results_that_agree():
-    names = ("sft", "dpo", "dpo_offline")
-    assert set(os.listdir("runs")) == {x + end for x in names for end in (".pt", ".jsonl")}
+def test_all_stages_leave_checkpoints_figures_and_results_that_agree(capsys):
+    """And nothing else: the logs are in the checkpoints. --ask prints a line a model a sum."""
+    assert set(os.listdir("runs")) == {"sft.pt", "dpo.pt", "a.pt"}
     drawn = {"dist.png", "dist.gif", "sft_gap.png", "mass.png"}
     assert set(os.listdir("plots")) == {"results.json", *drawn}
-    results = json.loads(Path("plots/results.json").read_text())
-    assert list(results["models"]) == ["sft", "dpo_offline", "dpo"]
-    for name, result in results["models"].items():
-        for kind, number in (("sampled", 16 * 2), ("held out", 10 * 2), ("greedy", 16)):
-            assert (metrics := result[kind])["n"] == number
-            assert sum(metrics["counts"].values()) == pytest.approx(metrics["parse_rate"])
-            assert sum(metrics["exact_counts"].values()) == pytest.approx(metrics["exact"])
-        assert result["seconds"] == read_log(name, "seconds")[-1]["seconds"]
-    assert results["models"]["sft"]["kl"] == 0 != results["models"]["dpo"]["kl"]
-
-
-@pytest.mark.parametrize("script, flags", [(train_sft, TINY), (train_dpo, "--batch-size 8")])
-def test_a_seed_gives_one_checkpoint_and_every_name_has_its_own_log(script, flags, tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        run(script, f"{flags} --steps 3 --seed {seed} --out {tmp_path}/{name}.pt")
-    a, b, c = (fingerprint(load_checkpoint(tmp_path / f"{x}.pt")[0]) for x in "abc")
-    assert a == b != c
-    for name in ("beta0.1", "beta0.8"):
-        run(script, f"{flags} --steps 1 --out {tmp_path}/{name}")
-        assert {f"{name}.jsonl", name} < set(os.listdir(tmp_path))
-
-
-def test_ask_prints_a_line_a_model_a_sum(capsys):
+    models = json.loads(Path("plots/results.json").read_text())["models"]
+    sft, _, sft_log = load_checkpoint("runs/sft.pt")
+    for name, result in zip(("sft", "a", "dpo"), models.values()):
+        model, args, log = load_checkpoint(f"runs/{name}.pt")
+        assert result["args"] == args and result["seconds"] == log[-1]["seconds"]
+        drawn = answer(model, [n // 2 for n in range(10, 42)], generator=torch.manual_seed(3))
+        held_out = [x for x in drawn if int(x.split("=")[0]) in data.held_out_sums(20)]
+        assert 0 < result["sampled"]["exact"] < 1
+        assert result["sampled"] == measure(drawn, 3) and result["held out"] == measure(held_out, 3)
+        assert result["greedy"] == measure(answer(model, range(5, 21), greedy=True), 3)
+        assert result["kl"] == pytest.approx(logratios_of(model, sft, drawn).mean().item())
+        assert result["answers"] == answer(model, [20, 11, 9], generator=torch.manual_seed(3))
+        wrong = [equation for equation in drawn if not data.is_exact(equation)]
+        assert result["mistakes"] == random.Random(3).sample(wrong, 3)
+    assert [record["step"] for record in log if "own" in record] == [0, 1, 2, 4, 5]
+    assert len(sft_log) == 3 and sft_log[2]["gap"] < sft_log[0]["gap"] and result["kl"] != 0
     run(evaluate, "--ask 100,57 --plots-dir nowhere")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["sft", "dpo_offline", "dpo"] * 2
-    assert all(line.count("100=") == 4 for line in lines[:3]) and not os.path.exists("nowhere")
-    assert all(line.count(" 57=") == 4 for line in lines[3:])
-    run(evaluate, "--ask 57 runs/dpo.pt")
-    assert capsys.readouterr().out.splitlines() == lines[5:]
+    assert [line.split()[0] for line in lines] == ["SFT", "offline", "mistakes"] * 2
+    assert [line.count(" 57=") for line in lines] == [0] * 3 + [4] * 3
+    assert list(models) == ["SFT", "offline", "mistakes"] and not os.path.exists("nowhere")
 
 
 def refused(script, flags, capsys):
     """The line in which a script complains, after which all files are as before."""
+
+    def contents():
+        return {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
+
     before = contents()
     with pytest.raises(SystemExit) as stop:
         data.run_script(lambda: run(script, flags))
@@ -123,9 +98,8 @@ BAD = {
     "|--sft mine.jsonl|--pairs none|--pairs runs|--pairs ''|--lr 1e9 --steps 1|--out ''|--out runs"
     "|--nll-weight -1|--nll-weight inf|--label-smoothing -0.1|--beta nan|--out ./runs/sft.pt"
     "|--lr 1e9 --steps 9 --pairs mine.jsonl|--out /dev/null/x.pt|--out runs/sft.pt"
-    "|--out plots/../runs/sft.pt|--out runs/sft|--pairs mine.jsonl --out mine.jsonl"
-    "|--pairs mine.jsonl --out mine.pt",
-    evaluate: "--ask 0|--ask 9,x|--ask 1000|--ask ''|--samples 0|runs/none.pt|runs/sft.jsonl"
+    "|--out plots/../runs/sft.pt|--pairs mine.jsonl --out mine.jsonl",
+    evaluate: "--ask 0|--ask 9,x|--ask 1000|--ask ''|--samples 0|runs/none.pt|plots/results.json"
     "|--plots-dir mine.jsonl|--sft runs/dpo.pt|--sft none.pt --samples 1",
 }
 
@@ -138,27 +112,18 @@ def test_bad_input_ends_in_one_line_and_harms_no_file(script, flags, capsys):
 
 
 def test_models_of_other_tasks_or_references_are_refused(capsys, tmp_path):
-    (sft, _), four = load_checkpoint("runs/sft.pt"), {"preferred_terms": 4}
-    save_checkpoint(f"{tmp_path}/four.pt", sft, four, [])
+    """But a DPO model may have the name of the SFT model."""
+    dpo, args, log = load_checkpoint("runs/dpo.pt")
+    save_checkpoint(f"{tmp_path}/sft.pt", dpo, args | {"preferred_terms": 4}, log[:2])
     for name, max_sum in (("wide", 30), ("other", 20)):
         save_checkpoint(f"{tmp_path}/{name}.pt", GPT(GPTConfig(1, 16, 2, max_sum)), {}, [])
-    for flags in ("runs/dpo.pt {0}/four.pt", "runs/sft.pt {0}/wide.pt", "--sft {0}/other.pt"):
+    for flags in ("runs/dpo.pt {0}/sft.pt", "runs/sft.pt {0}/wide.pt", "--sft {0}/other.pt"):
         refused(evaluate, flags.format(tmp_path), capsys)
     assert "runs/sft.pt" in refused(evaluate, f"{tmp_path}/wide.pt", capsys)
-    run(evaluate, f"runs/sft.pt {tmp_path}/four.pt --samples 1 --plots-dir {tmp_path}/plots")
-    assert json.loads((tmp_path / "plots/results.json").read_text())["task"]["preferred_terms"] == 4
-
-
-def test_results_of_two_files_of_one_name_even_if_a_figure_cannot_be_written(tmp_path, capsys):
-    """A folder without write access is found before any answer is printed."""
-    shutil.copy("runs/sft.pt", tmp_path)
-    (tmp_path / "dist.png").mkdir()
-    refused(evaluate, f"runs/sft.pt {tmp_path}/sft.pt --samples 1 --plots-dir {tmp_path}", capsys)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["models"]) == {"runs/sft", f"{tmp_path}/sft"}
-    with pytest.raises(FileExistsError):
-        run(evaluate, "--plots-dir mine.jsonl")
-    assert capsys.readouterr().out == ""
+    run(evaluate, f"{tmp_path}/sft.pt --samples 1 --plots-dir {tmp_path}/new")
+    results = json.loads((tmp_path / "new/results.json").read_text())
+    assert results["task"]["preferred_terms"] == 4 and list(results["models"]) == ["mistakes"]
+    assert len(os.listdir(tmp_path / "new")) == 4  # no figure of SFT
 
 
 def test_a_run_that_is_ended_leaves_the_old_checkpoint(tmp_path):
@@ -176,58 +141,42 @@ def test_a_run_that_is_ended_leaves_the_old_checkpoint(tmp_path):
     assert list(tmp_path.iterdir()) == [out] and out.read_bytes() == b"the old model"
 
 
-def test_evaluation_for_an_ascii_terminal_leaves_the_backend_of_matplotlib(tmp_path):
-    program = "import matplotlib, runpy, sys; matplotlib.use('svg'); sys.argv = sys.argv[1:]; "
-    program += "runpy.run_path(sys.argv[0], run_name='__main__'); print(matplotlib.get_backend())"
-    command = [sys.executable, "-c", program, ROOT / "evaluate.py", "runs/sft.pt"]
-    command += ["--samples", "1", "--plots-dir", tmp_path]
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert result.stdout.endswith("svg\n") and "\n    ? " in result.stdout
-    assert set(os.listdir(tmp_path)) == {"results.json", "dist.png", "sft_gap.png"}
-
-
-@pytest.fixture
-def project(tmp_path):
-    """A copy of the project without what git ignores, all of one time."""
-    ignored = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.tmp")
-    shutil.copytree(ROOT, tmp_path / "project", ignore=ignored)
-    for path in tmp_path.rglob("*"):
-        os.utime(path, (1e9, 1e9))
-    return tmp_path / "project"
-
-
 def make(project, *targets):
-    """The jobs of `make -n`: installed, a model or evaluate; and all words of its commands."""
+    """The jobs of `make -n`: install, the label of a model or evaluate; all words it prints."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("MA")}
     command, jobs = ["make", "-n", "--no-print-directory", *targets], []
     done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
         if script := re.match(r"\.venv/bin/python (train_sft|train_dpo|evaluate)\.py (.*)", line):
-            args = sys.modules[script[1]].parse_args(shlex.split(script[2]))
-            jobs.append(Path(args.out).stem if "out" in args else "evaluate")
+            args = vars(sys.modules[script[1]].parse_args(shlex.split(script[2])))
+            jobs.append(evaluate.label_of("", args) if "out" in args else "evaluate")
+            assert jobs[-1] == LABELS.get(Path(args.get("out", "")).stem, "evaluate")
         jobs += ["install"] * ("pip install" in line)
     return jobs, done.stdout.split()
 
 
-def test_a_fresh_copy_installs_trains_four_models_and_evaluates_them(project):
-    assert make(project)[0] == ["install", *MODELS, "evaluate"]
+def test_make_does_what_is_missing_or_old_and_clean_keeps_the_study(tmp_path):
+    """A fresh copy installs, trains four models, each as its label says, and evaluates them."""
+    ignored = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.tmp")
+    project = shutil.copytree(ROOT, tmp_path / "project", ignore=ignored)
+    for path in project.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    everything = [*LABELS.values(), "evaluate"]
+    assert make(project)[0] == ["install", *everything]
     jobs, words = make(project, "quick")
-    assert jobs == ["install", *MODELS, "evaluate"] and "plots" not in words
+    assert jobs == ["install", *everything] and "plots" not in words
     assert all(".venv/" in word or "runs/quick" in word for word in words if "/" in word)
-
-
-def test_only_what_is_missing_or_old_is_made_again(project):
-    products = [project / f"runs/{name}.pt" for name in MODELS]
-    products += [project / "runs/evaluated", project / ".venv/installed"]
-    for name in ("nothing", *MODELS):
-        for product in products:
-            product.parent.mkdir(exist_ok=True)
-            product.touch()
+    products = [*(f"runs/{name}.pt" for name in LABELS), "runs/evaluated", "runs/quick/sft.pt"]
+    kept = [".venv/installed", "runs/study/1/sft_0.pt", "runs/try.pt", "plots/results.json"]
+    for name in ("nothing", *LABELS):
+        for path in (project / product for product in kept + products):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         (project / f"runs/{name}.pt").unlink(missing_ok=True)
-        again = {"nothing": [], "sft": [*MODELS, "evaluate"]}.get(name, [name, "evaluate"])
+        again = {"nothing": [], "sft": everything}.get(name, [LABELS.get(name), "evaluate"])
         assert make(project)[0] == again
-    products[3].touch()
-    products[-1].unlink()
+    (project / "runs/dpo.pt").touch()
     (project / "plots/figures.py").touch()
-    assert make(project)[0] == ["install", "evaluate"]
+    assert make(project)[0] == ["evaluate"]
+    subprocess.run(["make", "clean"], cwd=project, check=True)
+    assert [name for name in kept + products if (project / name).exists()] == kept

@@ -1,4 +1,4 @@
-"""The exact optimum: what the best policy would pay in KL for its share of preferred answers.
+"""The exact frontier: what the best policy would pay in KL for its share of preferred answers.
 
 Let p_N be the share of preferred answers that the reference gives to N. With reward r for them and
 0 for all others, the optimal policy (arXiv 2305.18290, eq. 4) multiplies their odds by
@@ -12,7 +12,7 @@ import math
 import torch
 
 from data import MIN_SUM
-from evaluate import logps_of
+from model import logps_of
 
 
 def preferred_shares(reference, terms):
@@ -78,3 +78,25 @@ def split_kl(logratios, preferred, p):
         "others": other.mean().item(),
         "excess": total - frontier_kl(p, s.mean().clamp(max=1 - 0.5 / preferred.numel()).item()),
     }
+
+
+def split_z(logratios, preferred, p):
+    """The margin z of a policy's own answers and its parts, in nats.
+
+    z is the mean log pi - log pi_ref of preferred answers E less that of all others. With s and p
+    the shares of E under policy and reference,
+        z = log-odds(s) - log-odds(p) + KL(pi_E || ref_E) - KL(pi_notE || ref_notE).
+    At the optimum both KLs are 0 and z is 1 / beta; a z of 1 / beta alone can hide both. All are
+    None if the answers are all preferred, or none of them is.
+    """
+    preferred, s, p = preferred.bool(), preferred.double().mean(), p.mean()
+    if not 0 < s < 1:
+        return dict.fromkeys(("z", "log-odds", "preferred", "others"))
+    of_preferred, of_others = logratios[preferred].mean(), logratios[~preferred].mean()
+    parts = {
+        "z": of_preferred - of_others,
+        "log-odds": s.logit() - p.logit(),
+        "preferred": of_preferred - (s / p).log(),
+        "others": of_others - ((1 - s) / (1 - p)).log(),
+    }
+    return {name: part.item() for name, part in parts.items()}

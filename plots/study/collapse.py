@@ -1,0 +1,85 @@
+"""Part 5 of the study: when do the classic pairs fail? One setting changed at a time.
+
+    python -m plots.study.collapse            # writes collapse.json
+
+Every run is train_dpo.py with `--pairs offline`, or with a file of such pairs, at the rate that
+part 1 chose for them.
+"""
+
+import contextlib
+import io
+import random
+
+import torch
+
+import data
+import train_dpo
+import train_sft
+from data import MIN_SUM, entropy_floor, measure, random_equations, seen_sums, write_file
+from model import answer, load_checkpoint, logps_of, logratios_of
+from plots.study import runs
+
+SEEDS = (1, 2, 3)
+LR = 3e-4
+CASES = {  # flags of train_dpo.py; "pairs in a file" and "width" (of SFT) are done here
+    "as in part 1": {},
+    "β = 0.1": {"beta": 0.1},
+    "β = 5": {"beta": 5},
+    "a file of 100 pairs": {"pairs in a file": 100},
+    "a file of 1,000 pairs": {"pairs in a file": 1000},
+    "a file of 10,000 pairs": {"pairs in a file": 10_000},
+    "two terms preferred": {"preferred-terms": 2},
+    "five terms preferred": {"preferred-terms": 5},
+    "width 24": {"width": 24},
+    "width 96": {"width": 96},
+}
+
+
+def file_of_pairs(count, seed):
+    """What `python data.py --pairs` prints, in a file."""
+    path, printed = runs.RUNS / f"collapse/pairs_{count}_{seed}.jsonl", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        data.main(data.parse_args(["--pairs", f"--count={count}", f"--seed={seed}"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, printed.getvalue().encode())
+    return path
+
+
+def run(case, seed):
+    """The result of one run: metrics, the KL, and the gap of its SFT model."""
+
+    def compute():
+        settings = {"pairs": "offline", "lr": LR, "seed": seed} | CASES[case]
+        width, count = settings.pop("width", 48), settings.pop("pairs in a file", None)
+        name = f"collapse/sft_{width}_{seed}" if width != 48 else f"sft_{seed}"
+        settings["sft"] = runs.trained(train_sft, name, {"seed": seed, "width": width})
+        if count:
+            settings["pairs"] = file_of_pairs(count, seed)
+        path = runs.trained(train_dpo, f"collapse/{case.replace(' ', '_')}_{seed}", settings)
+        policy, saved_args, _ = load_checkpoint(path)
+        reference, _, _ = load_checkpoint(settings["sft"])
+        generator = torch.Generator().manual_seed(seed)
+        sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(runs.SAMPLES)]
+        answers = answer(policy, sums, generator=generator)
+        equations = random_equations(random.Random(seed), 5000, seen_sums())
+        equations = ["".join(example) for example in equations]
+        metrics = measure(answers, saved_args["preferred_terms"])
+        return {key: metrics[key] for key in ("preferred", "exact", "counts")} | {
+            "seed": seed,
+            "kl": logratios_of(policy, reference, answers).mean().item(),
+            "gap": -logps_of(reference, equations).mean().item() - entropy_floor(equations),
+        }
+
+    return runs.kept(f"collapse/{case.replace(' ', '_')}_{seed}", compute)
+
+
+def collapse(pool):
+    """The content of collapse.json: {case: results}."""
+    runs.train_sft_models(pool, SEEDS)
+    tasks = {(case, seed): pool.submit(run, case, seed) for seed in SEEDS for case in CASES}
+    results = runs.gather("cases", tasks)
+    return {case: [results[case, seed] for seed in SEEDS] for case in CASES}
+
+
+if __name__ == "__main__":
+    runs.run_part("collapse", collapse)

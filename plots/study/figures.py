@@ -1,0 +1,174 @@
+"""The figures of the study. Nothing here measures: all numbers come from the JSON of its parts."""
+
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+
+from plots.figures import COLOURS, STYLE, draw_histogram, most_terms, save
+
+FOLDER = Path(__file__).parent
+OF_METHODS = COLOURS | {  # one name, one colour, in these figures too
+    "mistakes + NLL": "#66C2A5",
+    "imitation": "#000000",
+    "online": "#56B4E9",
+    "reference": "#8C564B",
+    "reference + NLL": "#C49C94",
+    "offline, IPO": "#882255",
+    "offline, smoothed": "#999933",
+    "RLHF": "#CC79A7",
+}
+MARKERS = ["o", "s", "^", "v", "D", "P"]
+
+
+def spread(values):
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def draw_methods(axes, published):
+    """The frontier, and a mark for each method: the mean of its runs, with standard deviations."""
+    shares, kls = np.array(published["methods"]["frontier"]["curve"]).T
+    axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
+    for i, (name, method) in enumerate(methods_of(published).items()):
+        kl = [run["kl"] for run in method["runs"]]
+        preferred = [100 * run["sampled"]["preferred"] for run in method["runs"]]
+        style = {"color": OF_METHODS[name], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
+        deviations = {"xerr": spread(kl), "yerr": spread(preferred)}
+        axes.errorbar(
+            mean(kl), mean(preferred), **deviations, **style, label=name, linestyle="none"
+        )
+
+
+def methods_of(published):
+    """The methods of part 1, and RLHF if it has been run."""
+    rlhf = {"RLHF": published["rlhf"]} if "rlhf" in published else {}
+    return published["methods"]["methods"] | rlhf
+
+
+def draw_frontier(published):
+    """Share of preferred answers against KL: the least that any policy pays, and the methods.
+
+    The right panel enlarges the upper end of the frontier. A thin line is the path of a run.
+    """
+    figure = Figure(figsize=(10, 5.2))
+    axes, close_up = figure.subplots(1, 2)
+    draw_methods(axes, published)
+    draw_methods(close_up, published)
+    with_path = ("offline", "offline + NLL", "mistakes", "RLHF")
+    for name, method in methods_of(published).items():
+        looks = method["runs"][0]["looks"] if name in with_path else []
+        kl, preferred = [r["kl"] for r in looks], [100 * r["preferred"] for r in looks]
+        axes.plot(kl, preferred, color=OF_METHODS[name], linewidth=0.9)
+    for n, share, kl in published["methods"]["frontier"]["best of n"]:
+        axes.plot(kl, 100 * share, marker="x", color="black", linestyle="none")
+        offset, side = ((6, -9), "left") if n <= 8 else ((-6, 2), "right")
+        style = {"textcoords": "offset points", "ha": side, "fontsize": 8}
+        axes.annotate(f"best of {n}", (kl, 100 * share), offset, **style)
+    axes.set_xscale("symlog", linthresh=2)
+    axes.set_xticks([0, 0.5, 1, 1.5, 2, 5, 10, 20], ["0", "0.5", "1", "1.5", "2", "5", "10", "20"])
+    axes.set_xlim(0, 30)
+    axes.set_ylim(0, 104)
+    axes.set_xlabel("KL from SFT (nats, logarithmic from 2 on)")
+    axes.set_ylabel("preferred answers (%)")
+    close_up.set_xlim(1.25, 2.0)
+    close_up.set_ylim(95.5, 100)
+    close_up.set_xlabel("KL from SFT (nats)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def draw_rewards(runs, beta):
+    """Mean rewards of the two sides of offline pairs, on one scale, with the chosen's ceiling."""
+    figure = Figure(figsize=(8, 2.8))
+    axes = figure.subplots()
+    for i, (name, of_method) in enumerate(runs.items()):
+        for side, marker in (("chosen", "o"), ("rejected", "x")):
+            rewards = [beta * run["offline pairs"][side] for run in of_method]
+            label = f"{side} side" if i == 0 else None
+            style = {"color": "black" if i == 0 else OF_METHODS[name], "marker": marker}
+            axes.plot(rewards, [i] * len(rewards), linestyle="none", **style, label=label)
+            style["color"] = OF_METHODS[name]
+            axes.plot(rewards, [i] * len(rewards), linestyle="none", **style)
+    ceiling = beta * mean(run["offline pairs"]["ceiling"] for run in next(iter(runs.values())))
+    axes.axvline(0, color="#888888", linewidth=1)
+    axes.axvline(ceiling, color="black", linestyle="--", label="ceiling of the chosen side")
+    axes.set_xlabel("mean reward (β × nats)")
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def draw_same_pairs(published):
+    """The answers of one SFT model, and after DPO and RLHF on the same offline pairs."""
+    of_seed = {
+        "SFT": published["methods"]["sft"][0],
+        "offline": published["methods"]["methods"]["offline"]["runs"][0],
+        "RLHF": published["rlhf"]["runs"][0],
+    }
+    titles = {"SFT": "SFT", "offline": "DPO, offline pairs", "RLHF": "RLHF, the same pairs"}
+    most = most_terms(result["sampled"] for result in of_seed.values())
+    figure = Figure(figsize=(10.3, 3.8))
+    for axes, (name, result) in zip(figure.subplots(1, 3, sharey=True), of_seed.items()):
+        draw_histogram(axes, result["sampled"], titles[name], OF_METHODS[name], 3, most)
+    figure.axes[0].set_ylabel(f"share of {result['sampled']['n']:,} sampled answers (%)")
+    figure.axes[0].legend(loc="upper right")
+    return figure
+
+
+JUDGED = {  # (answers, loss): label, colour and marker
+    ("online", "sigmoid"): ("online DPO", OF_METHODS["online"], "o"),
+    ("reference", "sigmoid"): ("reference DPO", OF_METHODS["reference"], "s"),
+    ("mixed", "sigmoid"): ("mixed DPO", OF_METHODS["mistakes"], "D"),
+    ("online", "rloo"): ("RLOO", OF_METHODS["RLHF"], "^"),
+}
+
+
+def draw_judge(entries):
+    """The share of preferred answers at which runs with a noisy judge end, over beta."""
+    figure = Figure(figsize=(7, 3.8))
+    axes = figure.subplots()
+    predicted = {}
+    for kind, (label, color, marker) in JUDGED.items():
+        of_kind = [e for e in entries if (e["settings"]["answers"], e["settings"]["loss"]) == kind]
+        betas = [entry["settings"]["beta"] for entry in of_kind]
+        shares = [[100 * run["preferred"] for run in entry["runs"]] for entry in of_kind]
+        style = {"color": color, "marker": marker, "linestyle": "none", "capsize": 3}
+        if of_kind:
+            means, deviations = list(map(mean, shares)), list(map(spread, shares))
+            axes.errorbar(betas, means, deviations, label=label, **style)
+        for beta, entry in zip(betas, of_kind):
+            predicted[beta] = 100 * mean(r["predicted"]["preferred"] for r in entry["runs"])
+    betas = sorted(predicted)
+    optimum = [predicted[beta] for beta in betas]
+    axes.plot(betas, optimum, color="black", zorder=1, label="exact optimum")
+    (winners,) = (e for e in entries if e["settings"]["loss"] == "imitation")
+    share = 100 * mean(run["preferred"] for run in winners["runs"])
+    axes.axhline(share, color="#888888", linestyle="--", label="imitation of the winners")
+    axes.set_xscale("log")
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.minorticks_off()
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("β (logarithmic)")
+    axes.set_ylabel("preferred answers (%)")
+    axes.legend()
+    return figure
+
+
+def draw_study(published, runs, beta):
+    """{name: figure} of the parts that have been run; `runs` are those whose rewards are drawn."""
+    with matplotlib.style.context(["default", STYLE]):
+        drawn = {"frontier": draw_frontier(published), "rewards": draw_rewards(runs, beta)}
+        if "rlhf" in published:
+            drawn["rlhf"] = draw_same_pairs(published)
+        if "judge" in published:
+            drawn["judge"] = draw_judge(published["judge"]["study"])
+    return drawn
+
+
+def save_study(figures):
+    with matplotlib.style.context(["default", STYLE]):
+        for name, figure in figures.items():
+            save(figure, FOLDER, name)

@@ -1,0 +1,152 @@
+"""Part 4 of the study: a noisy judge, whose exact optimum is known. Do DPO and RL find it?
+
+    python -m plots.study.judge            # writes judge.json
+
+The judge errs as Bradley and Terry say: the preferred of two answers wins with probability
+sigmoid(1), and either of two equals with probability 1/2. That is a reward of 1 for preferred
+answers, so the optimum multiplies their odds by t = exp(1 / beta). DPO sees answers of the policy
+(online), of the SFT model (reference) or half of each (mixed). The loss takes all pairs of the
+answers to a prompt, with both verdicts weighted by their probabilities. RLOO sees the reward of the
+policy's answers. All of them have the same optimum.
+"""
+
+import itertools
+import math
+import random
+
+import torch
+
+from data import MIN_SUM, collate, is_preferred, measure, seen_sums
+from model import answer, completion_logps, generate, logratios_of
+from plots.study import frontier, runs
+from plots.study.rlhf import rloo_loss
+from train_dpo import LOSSES
+from train_sft import make_optimizers
+
+ONLINE = {"answers": "online", "loss": "sigmoid"}
+REFERENCE = {"answers": "reference", "loss": "sigmoid"}
+MIXED = {"answers": "mixed", "loss": "sigmoid"}
+RLOO = {"answers": "online", "loss": "rloo"}
+KINDS = (ONLINE, REFERENCE, MIXED, RLOO)
+IMITATION = {"answers": "reference", "loss": "imitation"}  # of the winners; beta has no part in it
+BETAS, FEWER_BETAS = (0.3, 0.5, 0.8, 1.3, 2.0), (0.3, 0.8, 2.0)  # fewer: mixed and RLOO
+RATE_BETAS = (0.3, 0.8)  # at which a rate is chosen on seed 0; other beta take that of the nearest
+SEEDS = (1, 2, 3)
+RATES = (7.5e-4, 1.5e-3)
+STEPS, PROMPTS, ANSWERS = 750, 16, 16
+SAMPLES = 50  # answers to every sum, to measure a run
+
+
+def loss_of_all_pairs(logps, ref_logps, preferred, loss, beta):
+    """The expected loss of all pairs of answers to a prompt, for (PROMPTS, ANSWERS) each.
+
+    The first of a pair wins with probability p. A share 1 - p of the labels is the wrong way round,
+    so label smoothing of 1 - p gives the expected loss.
+    """
+    i, j = torch.triu_indices(ANSWERS, ANSWERS, 1)
+    p = (preferred[:, i].float() - preferred[:, j].float()).sigmoid()
+    sides = logps[:, i], logps[:, j], ref_logps[:, i], ref_logps[:, j]
+    return LOSSES[loss](*sides, beta, label_smoothing=1 - p)[0].mean()
+
+
+def written(answers, policy, reference, prompts):
+    """A completion of each prompt; "mixed": of every other prompt by the policy."""
+    writers = {"online": (policy,), "reference": (reference,), "mixed": (policy, reference)}
+    parts = writers[answers]
+    completions = [generate(model, prompts[i :: len(parts)]) for i, model in enumerate(parts)]
+    return [completion for side_by_side in zip(*completions) for completion in side_by_side]
+
+
+def train(policy, reference, settings, seed):
+    """Trains the policy on answers that `settings["answers"]` names, by `settings["loss"]`."""
+    torch.manual_seed(seed)
+    rng, sums = random.Random(seed), seen_sums(policy.config.max_sum)
+
+    def next_loss():
+        prompts = [f"{n}=" for n in rng.choices(sums, k=PROMPTS) for _ in range(ANSWERS)]
+        if settings["loss"] == "rloo":
+            beta = settings["beta"]
+            return rloo_loss(policy, reference, prompts, reward, beta, ANSWERS)
+        completions = written(settings["answers"], policy, reference, prompts)
+        examples = list(zip(prompts, completions))
+        batch = collate(examples)
+        logps = completion_logps(policy, *batch)
+        with torch.no_grad():
+            ref_logps = completion_logps(reference, *batch)
+        grids = (x.view(PROMPTS, ANSWERS) for x in (logps, ref_logps, reward(examples)))
+        return loss_of_all_pairs(*grids, settings["loss"], settings["beta"])
+
+    optimizers = make_optimizers(policy, settings["lr"])
+    runs.train(optimizers, settings["lr"], settings["steps"], next_loss)
+
+
+def reward(examples):
+    """1 for preferred answers and 0 for others: (B,)."""
+    return torch.tensor([float(is_preferred("".join(example), 3)) for example in examples])
+
+
+def predict(p, settings):
+    """Mean share and KL in nats that the exact optimum has; p (sums,) is the reference's share."""
+    if settings["loss"] == "imitation":
+        share = p * p + 2 * p * (1 - p) * torch.tensor(1.0).sigmoid()  # of the winners
+        return share.mean().item(), frontier.bernoulli_kl(share, p).mean().item()
+    return frontier.optimal_policy(p, 1 / settings["beta"])
+
+
+def run(settings, seed):
+    """What a run ends at, beside the prediction."""
+
+    def compute():
+        policy, reference, p = runs.start(seed)
+        train(policy, reference, settings, seed)
+        share, kl = predict(p, settings)
+        generator = torch.Generator().manual_seed(seed)
+        sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(SAMPLES)]
+        result = {"seed": seed, "predicted": {"preferred": share, "kl": kl}, "z": {}}
+        for name, writer in (("reference", reference), ("policy", policy)):
+            answers = answer(writer, sums, generator=generator)
+            logratios = logratios_of(policy, reference, answers).double()
+            preferred = torch.tensor([is_preferred(a, 3) for a in answers])
+            z = logratios[preferred].mean() - logratios[~preferred].mean()  # 1 / beta, at best
+            result["z"][name] = z.item() if z.isfinite() else None
+        result["z parts"] = frontier.split_z(logratios, preferred, p)
+        metrics = measure(answers, 3) | {"kl": logratios.mean().item()}  # of the policy's answers
+        return result | {key: metrics[key] for key in ("preferred", "exact", "kl")}
+
+    return runs.kept(f"judge/{runs.name_of(settings, seed)}", compute)
+
+
+def distance(result):
+    return abs(result["preferred"] - result["predicted"]["preferred"])
+
+
+def judge(pool):
+    """The content of judge.json: the study, the choice of rates, and runs of twice the steps."""
+    runs.train_sft_models(pool, (0, *SEEDS))
+
+    def finish(title, settings, seeds):
+        tasks = list(itertools.product(range(len(settings)), seeds))
+        futures = {(i, seed): pool.submit(run, settings[i], seed) for i, seed in tasks}
+        results = runs.gather(title, futures)
+        of_settings = [[results[i, seed] for seed in seeds] for i in range(len(settings))]
+        return [{"settings": s, "runs": found} for s, found in zip(settings, of_settings)]
+
+    grid = itertools.product(KINDS, RATE_BETAS, RATES)
+    rates = [kind | {"beta": beta, "steps": STEPS, "lr": lr} for kind, beta, lr in grid]
+    checks, study = finish("rates", rates, [0]), []
+    for kind in KINDS:
+        for beta in FEWER_BETAS if kind in (MIXED, RLOO) else BETAS:
+            nearest = min(RATE_BETAS, key=lambda tried: abs(math.log(tried / beta)))
+            wanted = (kind | {"beta": nearest}).items()
+            tried = [check for check in checks if check["settings"].items() >= wanted]
+            best = min(tried, key=lambda check: distance(check["runs"][0]))["settings"]
+            study.append(best | {"beta": beta})
+    twice = [s | {"steps": 2 * STEPS} for s in study if s["beta"] in (0.3, 0.5, 0.8)]
+    twice = [s for s in twice if s.items() >= ONLINE.items() or s.items() >= REFERENCE.items()]
+    study.append(IMITATION | {"beta": 0.8, "steps": STEPS, "lr": RATES[0]})
+    longer = finish("twice the steps", twice, SEEDS[:1])
+    return {"study": finish("study", study, SEEDS), "rates": checks, "longer": longer}
+
+
+if __name__ == "__main__":
+    runs.run_part("judge", judge)
