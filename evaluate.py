@@ -125,13 +125,12 @@ def ask(models, sums, terms, seed):
 
 # ---- the table -------------------------------------------------------------------------------
 
-COLUMNS = {  # of the share of the answers, but for the mean absolute error, the KL and the seconds
+COLUMNS = {  # of the share of the answers, but for the mean absolute error and the KL
     "preferred": lambda result: result["sampled"]["preferred"],
     "exact": lambda result: result["sampled"]["exact"],
     "mean abs. error": lambda result: result["sampled"]["mae"],
     "parse rate": lambda result: result["sampled"]["parse_rate"],
     "KL (nats)": lambda result: result["kl"],
-    "seconds": lambda result: result["seconds"],
 }
 
 
@@ -167,13 +166,12 @@ def main(args):
     max_sum = reference.config.max_sum
     results = {"task": {"max_sum": max_sum, "preferred_terms": terms}, "models": {}}
     sums = [n for n in range(MIN_SUM, max_sum + 1) for _ in range(args.samples)]
-    for label, (model, saved_args, log) in models.items():
+    for label, (model, saved_args, _) in models.items():
         generator = torch.Generator(args.device).manual_seed(args.seed)
         sampled = answer(model, sums, generator=generator)
         logratios = logratios_of(model, reference, sampled)
         result = evaluate(model, sampled, logratios, terms, args.seed)
-        result |= {"args": saved_args, "seconds": log[-1]["seconds"] if log else None}
-        results["models"][label] = result
+        results["models"][label] = result | {"args": saved_args}
         print(f"\n{label}: some answers, and some of its mistakes")
         for equation in result["answers"] + result["mistakes"]:
             print("   ", mark(equation, terms))

@@ -12,7 +12,6 @@ has the same headings in the same order, so a diff of the two files shows what D
 import math
 import os
 import random
-import time
 from itertools import islice
 
 import torch
@@ -220,10 +219,8 @@ def main(args):
     even_looks = [round(i * args.steps / EVEN_LOOKS) for i in range(EVEN_LOOKS + 1)]
     looks = {*even_looks, *(2**i for i in range(even_looks[1].bit_length()))}
     log = [{"step": 0, "own": look(policy, reference, terms, 0)}]
-    pairs_seen, seconds = 0, 0.0
     for step in tqdm(range(1, args.steps + 1), desc="DPO"):
         # ---- learning rate
-        started = time.perf_counter()
         optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, args.steps)
 
         # ---- batch
@@ -262,9 +259,7 @@ def main(args):
         optimizer.zero_grad()
 
         # ---- log
-        pairs_seen += len(pairs)
-        seconds += time.perf_counter() - started  # of training, without the looks
-        record = {"step": step, "pairs": pairs_seen, "seconds": seconds}
+        record = {"step": step, "pairs": len(pairs)}
         if pairs:
             of_pairs = {
                 "loss": losses,

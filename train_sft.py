@@ -9,7 +9,6 @@ headings in the same order, so a diff of the two files shows what DPO changes.
 
 import math
 import random
-import time
 from statistics import fmean
 
 import torch
@@ -114,11 +113,10 @@ def main(args):
     optimizers = make_optimizers(model, args.lr)
 
     # ---- the loop
-    log, losses, seconds = [], [], 0.0
+    log, losses = [], []
     look_every = max(1, args.steps // LOOKS)
     for step in tqdm(range(1, args.steps + 1), desc="SFT"):
         # ---- learning rate
-        started = time.perf_counter()
         lr = learning_rate(args.lr, step, args.steps)
 
         # ---- batch
@@ -139,13 +137,11 @@ def main(args):
 
         # ---- log
         losses.append(loss.item())
-        seconds += time.perf_counter() - started  # of training, without the measurements
         if step % look_every == 0 or step == args.steps:
             answers = answer(model, [*every_sum] * 3, generator=generator)
             record = {
                 "step": step,
                 "equations": step * args.batch_size,
-                "seconds": seconds,
                 "loss": fmean(losses[-look_every:]),
                 "gap": -logps_of(model, validation).mean().item() - floor,
                 "exact": measure(answers, 3)["exact"],

@@ -141,7 +141,7 @@ def dpo_by_hand(args):
     B, terms, parameters = args.batch_size, args.preferred_terms, list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0)
     looks = {1, 2, *(round(i * args.steps / 16) for i in range(17))}
-    log, pairs_seen = [{"step": 0, "own": train_dpo.look(policy, reference, terms, 0)}], 0
+    log = [{"step": 0, "own": train_dpo.look(policy, reference, terms, 0)}]
     for step in range(1, args.steps + 1):
         written = [next(file) for _ in range(B)] if from_file else random_pairs(rng, B, SEEN, terms)
         pairs, unpaired = source(written, policy, reference, terms)
@@ -157,8 +157,7 @@ def dpo_by_hand(args):
             logged.append([x.item() for x in (loss, *rewards, margin, margin > 0, *logps)])
         if losses:
             update(args, step, sum(losses) / B, parameters, [optimizer])
-        pairs_seen += len(pairs)
-        log.append({"step": step, "pairs": pairs_seen})
+        log.append({"step": step, "pairs": len(pairs)})
         if pairs:
             log[-1] |= dict(zip(LOGGED, map(fmean, zip(*logged))))
             if step == 1:  # policy and reference agree: rounding decides which side is ahead

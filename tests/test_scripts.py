@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
         patch.setattr(train_dpo, "EVEN_LOOKS", 1)
         patch.setitem(figures.STYLE, "figure.dpi", 40)
         run(train_sft, f"{TINY} --steps 99 --lr 0.03")
-        run(train_dpo, "--steps 5 --batch-size 8")
+        run(train_dpo, "--steps 2 --batch-size 8")
         run(train_dpo, "--steps 1 --batch-size 8 --pairs offline --lr 3e-4 --out runs/a.pt")
         run(evaluate, "--samples 2 --seed 3")
         Path("mine.jsonl").write_text('{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}')
@@ -57,7 +57,7 @@ def test_all_stages_leave_checkpoints_figures_and_results_that_agree(capsys):
     sft, _, sft_log = load_checkpoint("runs/sft.pt")
     for name, result in zip(("sft", "a", "dpo"), models.values()):
         model, args, log = load_checkpoint(f"runs/{name}.pt")
-        assert result["args"] == args and result["seconds"] == log[-1]["seconds"]
+        assert result["args"] == args
         drawn = answer(model, [n // 2 for n in range(10, 42)], generator=torch.manual_seed(3))
         held_out = [x for x in drawn if int(x.split("=")[0]) in data.held_out_sums(20)]
         assert 0 < result["sampled"]["exact"] < 1
@@ -67,7 +67,7 @@ def test_all_stages_leave_checkpoints_figures_and_results_that_agree(capsys):
         assert result["answers"] == answer(model, [20, 11, 9], generator=torch.manual_seed(3))
         wrong = [equation for equation in drawn if not data.is_exact(equation)]
         assert result["mistakes"] == random.Random(3).sample(wrong, 3)
-    assert [record["step"] for record in log if "own" in record] == [0, 1, 2, 4, 5]
+    assert [record["step"] for record in log if "own" in record] == [0, 1, 2]
     assert len(sft_log) == 3 and sft_log[2]["gap"] < sft_log[0]["gap"] and result["kl"] != 0
     run(evaluate, "--ask 100,57 --plots-dir nowhere")
     lines = capsys.readouterr().out.splitlines()

@@ -21,6 +21,7 @@ from plots.study import runs
 
 SEEDS = (1, 2, 3)
 LR = 3e-4
+SFT_STEPS = 2000  # where SFT is trained anew
 CASES = {  # flags of train_dpo.py; "pairs in a file" and "width" (of SFT) are done here
     "as in part 1": {},
     "β = 0.1": {"beta": 0.1},
@@ -37,10 +38,9 @@ CASES = {  # flags of train_dpo.py; "pairs in a file" and "width" (of SFT) are d
 
 def file_of_pairs(count, seed):
     """What `python data.py --pairs` prints, in a file."""
-    path, printed = runs.RUNS / f"collapse/pairs_{count}_{seed}.jsonl", io.StringIO()
+    path, printed = runs.RUNS / f"pairs_{count}_{seed}.jsonl", io.StringIO()
     with contextlib.redirect_stdout(printed):
         data.main(data.parse_args(["--pairs", f"--count={count}", f"--seed={seed}"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, printed.getvalue().encode())
     return path
 
@@ -49,14 +49,15 @@ def run(case, seed):
     """The result of one run: metrics, the KL, and the gap of its SFT model."""
 
     def compute():
-        settings = {"pairs": "offline", "lr": LR, "seed": seed} | CASES[case]
-        width, count = settings.pop("width", 48), settings.pop("pairs in a file", None)
-        name = f"collapse/sft_{width}_{seed}" if width != 48 else f"sft_{seed}"
-        settings["sft"] = runs.trained(train_sft, name, {"seed": seed, "width": width})
-        if count:
+        settings = {"pairs": "offline", "lr": LR} | CASES[case]
+        name = runs.name_of(settings, seed)  # that of part 1, if it has the same run
+        settings |= {"seed": seed, "sft": runs.RUNS / f"sft_{seed}.pt"}
+        if width := settings.pop("width", None):
+            flags = {"seed": seed, "width": width, "steps": SFT_STEPS}
+            settings["sft"] = runs.trained(train_sft, f"sft_{width}_{seed}", flags)
+        if count := settings.pop("pairs in a file", None):
             settings["pairs"] = file_of_pairs(count, seed)
-        path = runs.trained(train_dpo, f"collapse/{case.replace(' ', '_')}_{seed}", settings)
-        policy, saved_args, _ = load_checkpoint(path)
+        policy, saved_args, _ = load_checkpoint(runs.trained(train_dpo, name, settings))
         reference, _, _ = load_checkpoint(settings["sft"])
         generator = torch.Generator().manual_seed(seed)
         sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(runs.SAMPLES)]

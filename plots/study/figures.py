@@ -20,6 +20,7 @@ OF_METHODS = COLOURS | {  # one name, one colour, in these figures too
     "offline, smoothed": "#999933",
     "RLHF": "#CC79A7",
 }
+REMEDIES = {"without the last term and the end": "#332288", "half wrong sums": "#DDCC77"}
 MARKERS = ["o", "s", "^", "v", "D", "P"]
 
 
@@ -28,13 +29,24 @@ def spread(values):
 
 
 def draw_methods(axes, published):
-    """The frontier, and a mark for each method: the mean of its runs, with standard deviations."""
+    """The frontier, and a mark for each method: the mean of its runs, with standard deviations.
+
+    Two of the interventions mend the classic pairs, so they stand beside the methods.
+    """
     shares, kls = np.array(published["methods"]["frontier"]["curve"]).T
     axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
-    for i, (name, method) in enumerate(methods_of(published).items()):
-        kl = [run["kl"] for run in method["runs"]]
-        preferred = [100 * run["sampled"]["preferred"] for run in method["runs"]]
-        style = {"color": OF_METHODS[name], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
+    marks = {name: method["runs"] for name, method in methods_of(published).items()}
+    if "interventions" in published:
+        of_variants, _ = published["interventions"].values()
+        marks |= {name: of_variants[name] for name in REMEDIES}
+    for i, (name, runs) in enumerate(marks.items()):
+        kl = [run["kl"] for run in runs]
+        preferred = [100 * run["sampled"]["preferred"] for run in runs]
+        style = {
+            "color": (OF_METHODS | REMEDIES)[name],
+            "marker": MARKERS[i % len(MARKERS)],
+            "capsize": 2,
+        }
         deviations = {"xerr": spread(kl), "yerr": spread(preferred)}
         axes.errorbar(
             mean(kl), mean(preferred), **deviations, **style, label=name, linestyle="none"

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import train_dpo
-from data import END, MIN_SUM, collate, encode, entropy_floor, measure, random_equations
-from data import random_pairs, seen_sums
+from data import END, MIN_SUM, PROMPT_WIDTH, collate, entropy_floor, measure
+from data import random_equations, random_pairs, seen_sums
 from model import answer, load_checkpoint, logps_of, logratios_of
 from plots.study import frontier, runs
 
@@ -100,28 +100,23 @@ def sides_of(policy, reference, p, pairs):
 
 @torch.no_grad()
 def next_token(policy, pairs):
-    """Mean probabilities of the next token in rejected, right completions, by their term count.
+    """Mean probabilities of two tokens of rejected, right completions, by their term count.
 
-    After the last digit, where the sum is complete, and before it.
+    The end token after the last digit, where the sum is complete, and that last digit.
     """
     tokens, mask = collate([(prompt, rejected) for prompt, _, rejected in pairs])
     probabilities = policy(tokens).softmax(-1)  # (B, T, V)
-    rows, ends = torch.arange(len(pairs)), (mask.sum(1) + mask.int().argmax(1)) - 1  # (B,)
-    after, before = probabilities[rows, ends - 1], probabilities[rows, ends - 2]  # (B, V)
-    digits, right = before[:, :10].sum(1), before[rows, tokens[rows, ends - 1]]
-    of_rows = {
-        "end": after[:, END],
-        "plus sign": after[:, encode("+")[0]],
-        "digit": after[:, :10].sum(1),
-        "right digit": right,
-        "other digit": digits - right,
-    }
+    rows, ends = torch.arange(len(pairs)), PROMPT_WIDTH + mask.sum(1) - 1  # (B,)
+    end = probabilities[rows, ends - 1, END]  # (B,)
+    right_digit = probabilities[rows, ends - 2, tokens[rows, ends - 1]]  # (B,)
     counts = torch.tensor([rejected.count("+") + 1 for _, _, rejected in pairs])
-    means = {
-        str(k): {name: values[counts == k].mean().item() for name, values in of_rows.items()}
+    return {
+        str(k): {
+            "end": end[counts == k].mean().item(),
+            "right digit": right_digit[counts == k].mean().item(),
+        }
         for k in sorted(set(counts.tolist()))
     }
-    return means | {"all": {name: values.mean().item() for name, values in of_rows.items()}}
 
 
 # ---- the part --------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ BETA = 0.8
 STEPS, BATCH = 500, 128  # pairs a step of the reward model, and answers a step of the policy
 ANSWERS = 4  # to each prompt
 REWARD_LR = 1e-3
+OTHER_LR = 1e-3  # a check of the choice of the policy's rate, over all seeds as well
 LOOKS = (8, 16, 31, 62, 125, 250, 375, 500)  # steps at which the path is measured
 
 
@@ -158,8 +159,11 @@ def rlhf(pool):
     tried = [({"lr": lr}, result) for lr, result in tried.items()]
     best = methods.best_of(tried)
     shares = [[s, *(r["sampled"][key] for key in ("preferred", "exact"))] for s, r in tried]
-    results = runs.gather("RLHF", {s: pool.submit(run, best["lr"], s) for s in methods.SEEDS})
-    return {"settings": best, "tried": shares, "runs": list(results.values())}
+    content = {"settings": best, "tried": shares, "other lr": OTHER_LR}
+    for name, lr in (("runs", best["lr"]), ("other", OTHER_LR)):
+        results = runs.gather(name, {s: pool.submit(run, lr, s) for s in methods.SEEDS})
+        content[name] = list(results.values())
+    return content
 
 
 if __name__ == "__main__":

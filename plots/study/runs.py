@@ -116,16 +116,15 @@ def look(policy, reference, step):
 
 
 def measured(policy, reference, p, seed, samples=SAMPLES):
-    """What evaluate.py measures, with the parts of the KL and of the margin z."""
+    """What evaluate.py measures, with the parts of the KL."""
     generator = torch.Generator().manual_seed(seed)
     sums = range(MIN_SUM, policy.config.max_sum + 1)
     sampled = answer(policy, [n for n in sums for _ in range(samples)], generator=generator)
     logratios = logratios_of(policy, reference, sampled).double()
     preferred = torch.tensor([is_preferred(a, 3) for a in sampled])
-    of_sums = logratios.view(-1, samples), preferred.view(-1, samples)
+    parts = frontier.split_kl(logratios.view(-1, samples), preferred.view(-1, samples), p)
     result = evaluate.evaluate(policy, sampled, logratios, 3, seed)
-    result |= {"seed": seed, "z": frontier.split_z(logratios, preferred, p)}
-    return result | {"kl parts": frontier.split_kl(*of_sums, p), "wrong": ways_to_miss(sampled)}
+    return result | {"seed": seed, "kl parts": parts, "wrong": ways_to_miss(sampled)}
 
 
 def ways_to_miss(answers):

@@ -6,6 +6,7 @@ Writes each table anew between its markers, `<!-- table models -->` and `<!-- en
 the figures of the study.
 """
 
+import itertools
 import json
 import math
 import re
@@ -94,10 +95,8 @@ PARTS_OF_KL = {
 
 
 def models_table(study):
-    """The table of the top README: what evaluate.py prints, but for the seconds."""
-    columns = {"3 terms": of_three_terms} | COLUMNS
-    del columns["seconds"]
-    return table("", columns, models_of(study))
+    """The table of the top README: what evaluate.py prints."""
+    return table("", {"3 terms": of_three_terms} | COLUMNS, models_of(study))
 
 
 def more_table(study):
@@ -152,31 +151,28 @@ def two_sided_p(t, df):
 T_95 = {2: 4.303, 4: 2.776}  # the 97.5 % quantiles, by degrees of freedom
 
 
+def paired(value, runs, others):
+    """The mean difference of a value, seed by seed, as text with its 95 % interval; and its p."""
+    differences = [value(run) - value(other) for run, other in zip(runs, others)]
+    df, difference = len(differences) - 1, mean(differences)
+    error = stdev(differences) / math.sqrt(len(differences))
+    low, high = difference - T_95[df] * error, difference + T_95[df] * error
+    p = two_sided_p(difference / error, df) if error else 1.0
+    return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})", p
+
+
 def differences_table(study):
-    """Every method less the yardstick: paired over the seeds, with p-values corrected by Holm."""
-    methods, found = methods_of(study), []
-    for metric, value in ((EXCESS, PARTS_OF_KL[EXCESS]), ("preferred", PREFERRED)):
-        for name in methods.keys() - {YARDSTICK}:
-            differences = [value(a) - value(b) for a, b in zip(methods[name], methods[YARDSTICK])]
-            error = stdev(differences) / math.sqrt(len(differences))
-            df, difference = len(differences) - 1, mean(differences)
-            p = two_sided_p(difference / error, df) if error else 1.0
-            found.append((p, list(methods).index(name), name, metric, difference, T_95[df] * error))
+    """Every method less the yardstick, with p-values corrected by Holm."""
+    methods, metrics = methods_of(study), {EXCESS: PARTS_OF_KL[EXCESS], "preferred": PREFERRED}
+    keys = list(itertools.product([name for name in methods if name != YARDSTICK], metrics))
+    found = {key: paired(metrics[key[1]], methods[key[0]], methods[YARDSTICK]) for key in keys}
     corrected, largest = {}, 0.0
-    for rank, (p, _, name, metric, *_) in enumerate(sorted(found)):
-        largest = max(largest, min(1.0, p * (len(found) - rank)))
-        corrected[name, metric] = largest
-    rows = []
-    for _, _, name, metric, difference, half in sorted(found, key=lambda f: (f[3], f[1])):
-        p = corrected[name, metric]
-        interval = f"{difference - half:+.3f} to {difference + half:+.3f}"
-        text = f"{p:.3f}" if p >= 0.001 else "< 0.001"
-        rows.append(
-            [name, metric, f"{difference:+.3f}", interval, text, "yes" if p < 0.05 else "none seen"]
-        )
-    return markdown(
-        ["method", "value", "difference", "95 % interval", "p (Holm)", "different"], rows
-    )
+    for rank, key in enumerate(sorted(keys, key=lambda key: found[key][1])):
+        largest = max(largest, min(1.0, found[key][1] * (len(keys) - rank)))
+        corrected[key] = f"{largest:.3f}" if largest >= 0.001 else "< 0.001"
+    cells = {key: [found[key][0], corrected[key]] for key in keys}
+    rows = [[name, *cells[name, EXCESS], *cells[name, "preferred"]] for name, _ in keys[::2]]
+    return markdown(["method", EXCESS, "p", "preferred", "p"], rows)
 
 
 def looks_table(study):
@@ -191,16 +187,13 @@ def looks_table(study):
 
 
 def tokens_table(study):
-    """The next token at the end of rejected answers, by their number of terms."""
-    rows = []
-    for name, runs in models_of(study).items():
-        for k in ("2", "4", "5"):
-            values = [[run["next token"][k][key] for run in runs] for key in TOKENS]
-            rows.append([name if k == "2" else "", k, *map(cell, values)])
-    return markdown(["", "terms", *TOKENS], rows)
-
-
-TOKENS = ("end", "plus sign", "digit", "right digit", "other digit")
+    """The next token at the end of rejected answers of two, four and five terms."""
+    columns = {
+        f"{name}, {k} terms": lambda r, name=name, k=k: r["next token"][k][name]
+        for name in ("end", "right digit")
+        for k in ("2", "4", "5")
+    }
+    return table("", columns, models_of(study))
 
 
 def missed_table(study):
@@ -226,32 +219,36 @@ def rewards_table(study):
 
 def optimum_table(study):
     """The exact optimum of the learned reward, and where the runs end."""
-    runs = study["rlhf"]["runs"]
-    ends = [{"preferred": PREFERRED(run), "exact": EXACT(run), "kl": KL(run)} for run in runs]
+    rlhf = study["rlhf"]
     columns = {key: lambda r, key=key: r[key] for key in ("preferred", "exact", "kl")}
-    rows = {"exact optimum": [run["rewards"]["optimum"] for run in runs], "RLHF": ends}
+    rows = {"exact optimum": [run["rewards"]["optimum"] for run in rlhf["runs"]]}
+    for lr, runs in ((rlhf["settings"]["lr"], rlhf["runs"]), (rlhf["other lr"], rlhf["other"])):
+        ends = [{"preferred": PREFERRED(run), "exact": EXACT(run), "kl": KL(run)} for run in runs]
+        rows[f"RLHF, lr {lr:g}"] = ends
     return table("", columns, rows)
 
 
 def interventions_table(study):
-    """A row a variant of the classic pairs: what it reaches on its pairs, and what it answers."""
+    """A row a variant of the classic pairs: what it reaches on its pairs, and what it answers.
+
+    The last column is a check with another rate, on one seed.
+    """
     columns = {
         "loss": lambda r: r["loss"],
         "z of its pairs": lambda r: r["z of pairs"],
         "preferred": PREFERRED,
         "exact": EXACT,
         "KL": KL,
-        EXCESS: PARTS_OF_KL[EXCESS],
     }
-    first, *_ = study["interventions"].values()
-    return table("variant", columns, first)
-
-
-def interventions_check_table(study):
-    """The same with the other rate, on one seed."""
-    columns = {"z of its pairs": lambda r: r["z of pairs"], "preferred": PREFERRED, "exact": EXACT}
-    _, other = study["interventions"].values()
-    return table("variant", columns | {"KL": KL}, other)
+    (_, of_variants), (lr, others) = study["interventions"].items()
+    rows = []
+    for name, runs in of_variants.items():
+        cells = [cell([value(run) for run in runs]) for value in columns.values()]
+        gain, _ = paired(EXACT, runs, of_variants["offline"])
+        gain = "" if name == "offline" else gain
+        rows.append([name, *cells, gain, cell(map(EXACT, others[name]))])
+    header = ["variant", *columns, "exact, less offline", f"exact, lr {float(lr):g}"]
+    return markdown(header, rows)
 
 
 def collapse_table(study):
@@ -260,25 +257,37 @@ def collapse_table(study):
     return table("changed", columns, study["collapse"])
 
 
-def judge_table(entries):
-    """A row a setting with a noisy judge."""
+def judge_table(study):
+    """A row a setting with a noisy judge. Some were also trained twice as long, on one seed."""
     columns = {
         "optimum": lambda r: r["predicted"]["preferred"],
         "preferred": lambda r: r["preferred"],
         "exact": lambda r: r["exact"],
         "KL of the optimum": lambda r: r["predicted"]["kl"],
         "KL": lambda r: r["kl"],
-        "z, own answers": lambda r: r["z"]["policy"],
+        "z of the optimum": lambda r: r["predicted"]["z"],
         "z, SFT's answers": lambda r: r["z"]["reference"],
+        "z, own answers": lambda r: r["z parts"]["z"],
+        "log-odds": lambda r: r["z parts"]["log-odds"],
+        "KL, preferred": lambda r: r["z parts"]["preferred"],
+        "KL, others": lambda r: r["z parts"]["others"],
     }
+    longer = {name_of(entry): entry["runs"] for entry in study["judge"]["longer"]}
     rows = []
-    for entry in entries:
-        settings, runs = entry["settings"], entry["runs"]
-        name = f"{settings['answers']}, {settings['loss']}"
-        beta = "" if settings["loss"] == "imitation" else f"{settings['beta']:g}"
-        cells = [cell([value(run) for run in runs]) for value in columns.values()]
-        rows.append([name, beta, f"{settings['lr']:g}", str(settings["steps"]), *cells])
-    return markdown(["answers, loss", "β", "lr", "steps", *columns], rows)
+    for entry in study["judge"]["study"]:
+        cells = [cell([value(run) for run in entry["runs"]]) for value in columns.values()]
+        cells.insert(2, cell([run["preferred"] for run in longer.get(name_of(entry), [])]))
+        rows.append([*name_of(entry), f"{entry['settings']['lr']:g}", *cells])
+    header = ["answers, loss", "β", "lr", *columns]
+    header.insert(5, "twice the steps")
+    return markdown(header, rows)
+
+
+def name_of(entry):
+    """The first cells of a row of the noisy judge: what is trained on, and beta."""
+    settings = entry["settings"]
+    beta = "" if settings["loss"] == "imitation" else f"{settings['beta']:g}"
+    return f"{settings['answers']}, {settings['loss']}", beta
 
 
 TABLES = {
@@ -293,11 +302,8 @@ TABLES = {
     "rewards": rewards_table,
     "optimum": optimum_table,
     "interventions": interventions_table,
-    "interventions-check": interventions_check_table,
     "collapse": collapse_table,
-    "judge": lambda study: judge_table(study["judge"]["study"]),
-    "judge-rates": lambda study: judge_table(study["judge"]["rates"]),
-    "judge-longer": lambda study: judge_table(study["judge"]["longer"]),
+    "judge": judge_table,
 }
 
 
