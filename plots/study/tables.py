@@ -6,7 +6,6 @@ Writes each table anew between its markers, `<!-- table models -->` and `<!-- en
 the figures of the study.
 """
 
-import itertools
 import json
 import math
 import re
@@ -102,12 +101,11 @@ def models_table(study):
 def more_table(study):
     """What else is measured of these models."""
     columns = {
-        "exact, held-out sums": lambda r: r["held out"]["exact"],
-        "exact, sum of 100": lambda r: r["largest"],
-        "exact, sums outside 5..100": lambda r: r["outside"],
-        "preferred, greedy": lambda r: r["greedy"]["preferred"],
-        "exact, greedy": lambda r: r["greedy"]["exact"],
-        "gap to the floor (nats)": lambda r: r.get("gap"),
+        "exact: held-out sums": lambda r: r["held out"]["exact"],
+        "sum of 100": lambda r: r["largest"],
+        "sums outside 5..100": lambda r: r["outside"],
+        "greedy": lambda r: r["greedy"]["exact"],
+        "preferred: greedy": lambda r: r["greedy"]["preferred"],
     }
     return table("", columns, models_of(study))
 
@@ -119,8 +117,8 @@ def methods_table(study):
     for name, method in figures.methods_of(study).items():
         runs, rate = method["runs"], f"{method['settings']['lr']:g}"
         cells = [cell([value(run) for run in runs]) for value in columns.values()]
-        rows.append([name, NEEDS[name], rate, str(len(runs)), *cells])
-    return markdown(["method", "needs", "lr", "seeds", *columns], rows)
+        rows.append([name, NEEDS[name], rate, *cells])
+    return markdown(["method", "needs", "lr", *columns], rows)
 
 
 def asked_table(study):
@@ -162,17 +160,16 @@ def paired(value, runs, others):
 
 
 def differences_table(study):
-    """Every method less the yardstick, with p-values corrected by Holm."""
-    methods, metrics = methods_of(study), {EXCESS: PARTS_OF_KL[EXCESS], "preferred": PREFERRED}
-    keys = list(itertools.product([name for name in methods if name != YARDSTICK], metrics))
-    found = {key: paired(metrics[key[1]], methods[key[0]], methods[YARDSTICK]) for key in keys}
+    """Every method less the yardstick: KL above the frontier, with p-values corrected by Holm."""
+    methods, excess = methods_of(study), PARTS_OF_KL[EXCESS]
+    names = [name for name in methods if name != YARDSTICK]
+    found = {name: paired(excess, methods[name], methods[YARDSTICK]) for name in names}
     corrected, largest = {}, 0.0
-    for rank, key in enumerate(sorted(keys, key=lambda key: found[key][1])):
-        largest = max(largest, min(1.0, found[key][1] * (len(keys) - rank)))
-        corrected[key] = f"{largest:.3f}" if largest >= 0.001 else "< 0.001"
-    cells = {key: [found[key][0], corrected[key]] for key in keys}
-    rows = [[name, *cells[name, EXCESS], *cells[name, "preferred"]] for name, _ in keys[::2]]
-    return markdown(["method", EXCESS, "p", "preferred", "p"], rows)
+    for rank, name in enumerate(sorted(names, key=lambda name: found[name][1])):
+        largest = max(largest, min(1.0, found[name][1] * (len(names) - rank)))
+        corrected[name] = f"{largest:.3f}" if largest >= 0.001 else "< 0.001"
+    rows = [[name, found[name][0], corrected[name]] for name in names]
+    return markdown(["method", EXCESS, "p"], rows)
 
 
 def looks_table(study):
@@ -181,7 +178,7 @@ def looks_table(study):
     for looks in zip(*(run["looks"] for run in methods_of(study)["offline"])):
         rows[str(looks[0]["step"])] = looks
     steps = list(rows)
-    rows = {step: rows[step] for step in [*steps[:9], steps[-1]]}
+    rows = {step: rows[step] for step in [steps[0], *steps[4:8], steps[-1]]}
     columns = {key: lambda look, key=key: look[key] for key in ("preferred", "exact", "kl")}
     return table("step", columns, rows)
 
@@ -263,19 +260,21 @@ def judge_table(study):
         "optimum": lambda r: r["predicted"]["preferred"],
         "preferred": lambda r: r["preferred"],
         "exact": lambda r: r["exact"],
-        "KL of the optimum": lambda r: r["predicted"]["kl"],
-        "KL": lambda r: r["kl"],
         "z of the optimum": lambda r: r["predicted"]["z"],
         "z, SFT's answers": lambda r: r["z"]["reference"],
         "z, own answers": lambda r: r["z parts"]["z"],
         "log-odds": lambda r: r["z parts"]["log-odds"],
-        "KL, preferred": lambda r: r["z parts"]["preferred"],
-        "KL, others": lambda r: r["z parts"]["others"],
+        "+ KL, preferred": lambda r: r["z parts"]["preferred"],
+        "− KL, others": lambda r: r["z parts"]["others"],
     }
+    with_spread = ("preferred", "exact")
     longer = {name_of(entry): entry["runs"] for entry in study["judge"]["longer"]}
     rows = []
     for entry in study["judge"]["study"]:
-        cells = [cell([value(run) for run in entry["runs"]]) for value in columns.values()]
+        cells = []
+        for name, value in columns.items():
+            of_runs = [value(run) for run in entry["runs"]]
+            cells.append(cell(of_runs if name in with_spread else [mean(of_runs)]))
         cells.insert(2, cell([run["preferred"] for run in longer.get(name_of(entry), [])]))
         rows.append([*name_of(entry), f"{entry['settings']['lr']:g}", *cells])
     header = ["answers, loss", "β", "lr", *columns]
