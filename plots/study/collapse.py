@@ -19,9 +19,10 @@ from data import MIN_SUM, entropy_floor, measure, random_equations, seen_sums, w
 from model import answer, load_checkpoint, logps_of, logratios_of
 from plots.study import runs
 
-SEEDS = (1, 2, 3)
+SEEDS, SFT_SEEDS = (1, 2, 3), (1, 2)  # the second where SFT is trained anew
 LR = 3e-4
-SFT_STEPS = 2000  # where SFT is trained anew
+SAMPLES = 25  # answers to every sum
+SFT_STEPS = {24: 3000, 96: 1500}  # by width: fewer where a step takes longer
 CASES = {  # flags of train_dpo.py; "pairs in a file" and "width" (of SFT) are done here
     "as in part 1": {},
     "β = 0.1": {"beta": 0.1},
@@ -53,14 +54,14 @@ def run(case, seed):
         name = runs.name_of(settings, seed)  # that of part 1, if it has the same run
         settings |= {"seed": seed, "sft": runs.RUNS / f"sft_{seed}.pt"}
         if width := settings.pop("width", None):
-            flags = {"seed": seed, "width": width, "steps": SFT_STEPS}
+            flags = {"seed": seed, "width": width, "steps": SFT_STEPS[width]}
             settings["sft"] = runs.trained(train_sft, f"sft_{width}_{seed}", flags)
         if count := settings.pop("pairs in a file", None):
             settings["pairs"] = file_of_pairs(count, seed)
         policy, saved_args, _ = load_checkpoint(runs.trained(train_dpo, name, settings))
         reference, _, _ = load_checkpoint(settings["sft"])
         generator = torch.Generator().manual_seed(seed)
-        sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(runs.SAMPLES)]
+        sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(SAMPLES)]
         answers = answer(policy, sums, generator=generator)
         equations = random_equations(random.Random(seed), 5000, seen_sums())
         equations = ["".join(example) for example in equations]
@@ -77,9 +78,11 @@ def run(case, seed):
 def collapse(pool):
     """The content of collapse.json: {case: results}."""
     runs.train_sft_models(pool, SEEDS)
-    tasks = {(case, seed): pool.submit(run, case, seed) for seed in SEEDS for case in CASES}
-    results = runs.gather("cases", tasks)
-    return {case: [results[case, seed] for seed in SEEDS] for case in CASES}
+    anew = [case for case in CASES if "width" in CASES[case]]  # these take longest, so they start
+    tasks = [(case, seed) for case in reversed(anew) for seed in SFT_SEEDS]
+    tasks += [(case, seed) for seed in SEEDS for case in CASES if case not in anew]
+    results = runs.gather("cases", {task: pool.submit(run, *task) for task in tasks})
+    return {case: [results[task] for task in tasks if task[0] == case] for case in CASES}
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def kinds_of_answers(seed, sums):
 
 @torch.no_grad()
 def about_rewards(reward_model, reference, seed):
-    """Mean and deviation of the learned reward by kind of answer, and its exact optimum.
+    """Mean and deviation of the learned reward by kind of answer, and an estimate of its optimum.
 
     The optimum weighs answers of the reference to a sum by exp(r / beta) (arXiv 2305.18290, eq. 4).
     """

@@ -6,6 +6,7 @@ Writes each table anew between its markers, `<!-- table models -->` and `<!-- en
 the figures of the study.
 """
 
+import itertools
 import json
 import math
 import re
@@ -160,16 +161,17 @@ def paired(value, runs, others):
 
 
 def differences_table(study):
-    """Every method less the yardstick: KL above the frontier, with p-values corrected by Holm."""
-    methods, excess = methods_of(study), PARTS_OF_KL[EXCESS]
-    names = [name for name in methods if name != YARDSTICK]
-    found = {name: paired(excess, methods[name], methods[YARDSTICK]) for name in names}
+    """Every method less the yardstick, with p-values corrected by Holm."""
+    methods, metrics = methods_of(study), {EXCESS: PARTS_OF_KL[EXCESS], "preferred": PREFERRED}
+    keys = list(itertools.product([name for name in methods if name != YARDSTICK], metrics))
+    found = {key: paired(metrics[key[1]], methods[key[0]], methods[YARDSTICK]) for key in keys}
     corrected, largest = {}, 0.0
-    for rank, name in enumerate(sorted(names, key=lambda name: found[name][1])):
-        largest = max(largest, min(1.0, found[name][1] * (len(names) - rank)))
-        corrected[name] = f"{largest:.3f}" if largest >= 0.001 else "< 0.001"
-    rows = [[name, found[name][0], corrected[name]] for name in names]
-    return markdown(["method", EXCESS, "p"], rows)
+    for rank, key in enumerate(sorted(keys, key=lambda key: found[key][1])):
+        largest = max(largest, min(1.0, found[key][1] * (len(keys) - rank)))
+        corrected[key] = f"{largest:.3f}" if largest >= 0.001 else "< 0.001"
+    cells = {key: [found[key][0], corrected[key]] for key in keys}
+    rows = [[name, *cells[name, EXCESS], *cells[name, "preferred"]] for name, _ in keys[::2]]
+    return markdown(["method", EXCESS, "p", "preferred", "p"], rows)
 
 
 def looks_table(study):
@@ -178,7 +180,7 @@ def looks_table(study):
     for looks in zip(*(run["looks"] for run in methods_of(study)["offline"])):
         rows[str(looks[0]["step"])] = looks
     steps = list(rows)
-    rows = {step: rows[step] for step in [steps[0], *steps[4:8], steps[-1]]}
+    rows = {step: rows[step] for step in [steps[0], *steps[4:7], steps[-1]]}
     columns = {key: lambda look, key=key: look[key] for key in ("preferred", "exact", "kl")}
     return table("step", columns, rows)
 
@@ -215,10 +217,10 @@ def rewards_table(study):
 
 
 def optimum_table(study):
-    """The exact optimum of the learned reward, and where the runs end."""
+    """The optimum of the learned reward, as estimated, and where the runs end."""
     rlhf = study["rlhf"]
     columns = {key: lambda r, key=key: r[key] for key in ("preferred", "exact", "kl")}
-    rows = {"exact optimum": [run["rewards"]["optimum"] for run in rlhf["runs"]]}
+    rows = {"optimum, estimated": [run["rewards"]["optimum"] for run in rlhf["runs"]]}
     for lr, runs in ((rlhf["settings"]["lr"], rlhf["runs"]), (rlhf["other lr"], rlhf["other"])):
         ends = [{"preferred": PREFERRED(run), "exact": EXACT(run), "kl": KL(run)} for run in runs]
         rows[f"RLHF, lr {lr:g}"] = ends
