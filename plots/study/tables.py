@@ -277,10 +277,11 @@ def judge_table(study):
         for name, value in columns.items():
             of_runs = [value(run) for run in entry["runs"]]
             cells.append(cell(of_runs if name in with_spread else [mean(of_runs)]))
-        cells.insert(2, cell([run["preferred"] for run in longer.get(name_of(entry), [])]))
+        twice = longer.get(name_of(entry), [])
+        cells.insert(3, " / ".join(cell([r[key] for r in twice]) for key in with_spread if twice))
         rows.append([*name_of(entry), f"{entry['settings']['lr']:g}", *cells])
     header = ["answers, loss", "β", "lr", *columns]
-    header.insert(5, "twice the steps")
+    header.insert(6, "both, twice the steps")
     return markdown(header, rows)
 
 
