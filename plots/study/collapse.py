@@ -8,15 +8,14 @@ part 1 chose for them.
 
 import contextlib
 import io
-import random
 
 import torch
 
 import data
 import train_dpo
 import train_sft
-from data import MIN_SUM, entropy_floor, measure, random_equations, seen_sums, write_file
-from model import answer, load_checkpoint, logps_of, logratios_of
+from data import MIN_SUM, measure, write_file
+from model import answer, load_checkpoint, logratios_of
 from plots.study import runs
 
 SEEDS, SFT_SEEDS = (1, 2, 3), (1, 2)  # the second where SFT is trained anew
@@ -63,13 +62,11 @@ def run(case, seed):
         generator = torch.Generator().manual_seed(seed)
         sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(SAMPLES)]
         answers = answer(policy, sums, generator=generator)
-        equations = random_equations(random.Random(seed), 5000, seen_sums())
-        equations = ["".join(example) for example in equations]
         metrics = measure(answers, saved_args["preferred_terms"])
         return {key: metrics[key] for key in ("preferred", "exact", "counts")} | {
             "seed": seed,
             "kl": logratios_of(policy, reference, answers).mean().item(),
-            "gap": -logps_of(reference, equations).mean().item() - entropy_floor(equations),
+            "gap": runs.gap_of(reference, 5000, seed),
         }
 
     return runs.kept(f"collapse/{case.replace(' ', '_')}_{seed}", compute)

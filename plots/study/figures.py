@@ -10,17 +10,21 @@ from matplotlib.figure import Figure
 from plots.figures import COLOURS, STYLE, draw_histogram, most_terms, save
 
 FOLDER = Path(__file__).parent
-OF_METHODS = COLOURS | {  # one name, one colour, in these figures too
-    "mistakes + NLL": "#66C2A5",
-    "imitation": "#000000",
-    "online": "#56B4E9",
-    "reference": "#8C564B",
-    "reference + NLL": "#C49C94",
-    "offline, IPO": "#882255",
-    "offline, smoothed": "#999933",
-    "RLHF": "#CC79A7",
-}
 REMEDIES = {"without the last term and the end": "#332288", "half wrong sums": "#DDCC77"}
+OF_METHODS = (
+    COLOURS
+    | REMEDIES
+    | {  # one name, one colour, in these figures too
+        "mistakes + NLL": "#66C2A5",
+        "imitation": "#000000",
+        "online": "#56B4E9",
+        "reference": "#8C564B",
+        "reference + NLL": "#C49C94",
+        "offline, IPO": "#882255",
+        "offline, smoothed": "#999933",
+        "RLHF": "#CC79A7",
+    }
+)
 MARKERS = ["o", "s", "^", "v", "D", "P"]
 
 
@@ -42,11 +46,7 @@ def draw_methods(axes, published):
     for i, (name, runs) in enumerate(marks.items()):
         kl = [run["kl"] for run in runs]
         preferred = [100 * run["sampled"]["preferred"] for run in runs]
-        style = {
-            "color": (OF_METHODS | REMEDIES)[name],
-            "marker": MARKERS[i % len(MARKERS)],
-            "capsize": 2,
-        }
+        style = {"color": OF_METHODS[name], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
         deviations = {"xerr": spread(kl), "yerr": spread(preferred)}
         axes.errorbar(
             mean(kl), mean(preferred), **deviations, **style, label=name, linestyle="none"

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 import train_dpo
-from data import END, MIN_SUM, PROMPT_WIDTH, collate, entropy_floor, measure
-from data import random_equations, random_pairs, seen_sums
-from model import answer, load_checkpoint, logps_of, logratios_of
+from data import END, MIN_SUM, PROMPT_WIDTH, collate, measure
+from data import random_pairs, seen_sums
+from model import answer, load_checkpoint, logratios_of
 from plots.study import frontier, runs
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -67,9 +67,7 @@ def sft_result(seed):
 
     def compute():
         policy, reference, p = runs.start(seed)
-        equations = random_equations(random.Random(EQUATION_SEED), EQUATIONS, seen_sums())
-        equations = ["".join(example) for example in equations]
-        gap = -logps_of(policy, equations).mean().item() - entropy_floor(equations)
+        gap = runs.gap_of(policy, EQUATIONS, EQUATION_SEED)
         return asked_of(policy, reference, p, seed, runs.SAMPLES) | {"gap": gap, "p": p.tolist()}
 
     return runs.kept(f"sft_result_{seed}", compute)

@@ -11,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -23,8 +24,9 @@ import evaluate
 import model
 import train_dpo
 import train_sft
-from data import MIN_SUM, is_preferred, parse, run_script, write_file
-from model import answer, load_checkpoint, logratios_of
+from data import MIN_SUM, entropy_floor, is_preferred, parse, random_equations
+from data import run_script, seen_sums, write_file
+from model import answer, load_checkpoint, logps_of, logratios_of
 from plots.study import frontier
 from train_sft import learning_rate
 
@@ -113,6 +115,13 @@ def look(policy, reference, step):
     with silence():
         own = train_dpo.look(policy, reference, 3, step)
     return {"step": step} | {key: own[key] for key in ("kl", "preferred", "exact")}
+
+
+def gap_of(model, count, seed):
+    """The gap of a model to the entropy floor, on equations drawn from a seed, in nats."""
+    equations = random_equations(random.Random(seed), count, seen_sums())
+    equations = ["".join(example) for example in equations]
+    return -logps_of(model, equations).mean().item() - entropy_floor(equations)
 
 
 def measured(policy, reference, p, seed, samples=SAMPLES):
