@@ -235,12 +235,6 @@ def parse_pair(line, longest):
     return prompt, chosen, rejected
 
 
-def shuffled_forever(rng, items):
-    """The items in random order, then all of them again in another order, and so on."""
-    while True:
-        yield from rng.sample(items, len(items))
-
-
 # ---- shared by the scripts: flags, errors, and files that are never half-written --------------
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available()

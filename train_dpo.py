@@ -12,7 +12,6 @@ has the same headings in the same order, so a diff of the two files shows what D
 import math
 import os
 import random
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from data import DEVICES, MIN_SUM, TERM_COUNTS, InputError, check_writable, collate
 from data import is_preferred, make_parser, mark, measure, number, random_pairs
-from data import read_pairs, run_script, seen_sums, shown_sums, shuffled_forever
+from data import read_pairs, run_script, seen_sums, shown_sums
 from model import answer, completion_logps, fingerprint, generate, load_checkpoint, logratios_of
 from model import save_checkpoint
 from train_sft import learning_rate
@@ -210,7 +209,7 @@ def main(args):
     sums, terms = seen_sums(policy.config.max_sum), args.preferred_terms
     source = SOURCES.get(args.pairs, offline_pairs)
     if args.pairs not in SOURCES:
-        from_file = shuffled_forever(rng, read_pairs(args.pairs, policy.config.max_sum))
+        from_file = read_pairs(args.pairs, policy.config.max_sum)
 
     # ---- optimizer: AdamW for every weight
     optimizer = AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
@@ -227,7 +226,7 @@ def main(args):
         if args.pairs in SOURCES:
             written = random_pairs(rng, args.batch_size, sums, terms)
         else:
-            written = list(islice(from_file, args.batch_size))
+            written = rng.choices(from_file, k=args.batch_size)
         pairs, unpaired = source(written, policy, reference, terms)
         chosen = collate([(prompt, chosen) for prompt, chosen, _ in pairs], args.device)
         rejected = collate([(prompt, rejected) for prompt, _, rejected in pairs], args.device)

@@ -14,7 +14,7 @@ from conftest import mixed_model, plain_logps
 
 import train_dpo
 import train_sft
-from data import entropy_floor, is_exact, random_equations, random_pairs, shuffled_forever
+from data import entropy_floor, is_exact, random_equations, random_pairs
 from model import GPT, GPTConfig, answer, load_checkpoint, logps_of, save_checkpoint
 
 SFT = "--depth 2 --width 16 --heads 2 --max-sum 20 --batch-size 8 --seed 5 --lr 0.006"
@@ -136,14 +136,13 @@ def dpo_by_hand(args):
     torch.manual_seed(args.seed)
     policy, reference = untrained(args), untrained(args).requires_grad_(False)
     rng, from_file = random.Random(args.seed), args.pairs not in train_dpo.SOURCES
-    file = shuffled_forever(rng, PAIRS)
     source = train_dpo.SOURCES["offline" if from_file else args.pairs]
     B, terms, parameters = args.batch_size, args.preferred_terms, list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0)
     looks = {1, 2, *(round(i * args.steps / 16) for i in range(17))}
     log = [{"step": 0, "own": train_dpo.look(policy, reference, terms, 0)}]
     for step in range(1, args.steps + 1):
-        written = [next(file) for _ in range(B)] if from_file else random_pairs(rng, B, SEEN, terms)
+        written = rng.choices(PAIRS, k=B) if from_file else random_pairs(rng, B, SEEN, terms)
         pairs, unpaired = source(written, policy, reference, terms)
         losses = [-logp(policy, *example) * args.nll_weight for example in unpaired]
         losses, logged = losses if args.nll_weight else [], []

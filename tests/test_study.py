@@ -38,7 +38,7 @@ SMALL = {  # the whole study in seconds: module: its constants
     rlhf: {"STEPS": 1, "BATCH": 8, "LOOKS": (1,)},
     interventions: {"STEPS": 3, "BATCH": 8, "PAIRS": 20, "SEEDS": (1, 2, 3)}
     | {"VARIANTS": {x: VARIANTS[x] for x in ("offline", *figures.REMEDIES)}},
-    collapse: {"SEEDS": (1,), "SFT_SEEDS": (1,)}
+    collapse: {"SEEDS": (1,)}
     | {"CASES": {"narrow": {"width": 24} | SHORT, "a file": {"pairs in a file": 30} | SHORT}},
     judge: {"BETAS": (0.3, 2), "RATE_BETAS": (0.3,), "RATES": (3e-3, 3)}
     | {"SEEDS": (1, 2), "STEPS": 4, "PROMPTS": 3, "ANSWERS": 4, "SAMPLES": 5}
@@ -402,10 +402,11 @@ def test_every_part_has_all_its_runs_and_the_judge_its_optimum(study):
         assert len({found[0]["z of pairs"] for found in variants.values()}) == 3
     (narrow,), (file,) = study["collapse"].values()
     assert narrow["gap"] != file["gap"] and narrow["kl"] != 0 != file["kl"]
-    assert [len(found) for found in study["judge"].values()] == [6, 6, 2]
+    assert [len(found) for found in study["judge"].values()] == [6, 6, 5]
     for entry in study["judge"]["study"]:
         beta, loss, rate = (entry["settings"][key] for key in ("beta", "loss", "lr"))
-        assert seeds_of(entry["runs"]) == [1, 2] and rate == 3e-3  # 3 destroys the model
+        assert seeds_of(entry["runs"]) == [1, 2]
+        assert loss == "imitation" or rate == 3e-3  # 3 destroys the model
         for run in entry["runs"]:
             p = runs.start(run["seed"])[2]
             s = p * math.exp(1 / beta) / (p * math.exp(1 / beta) + 1 - p)
@@ -441,7 +442,10 @@ def test_all_tables_and_figures_are_made_or_none(study, tmp_path, monkeypatch):
 
 
 def test_differences_by_hand():
-    """Differences c (m - 1), c m, c (m + 1) have t = m sqrt(3); Holm multiplies p by 6, 5, ..."""
+    """Differences c (m - 1), c m, c (m + 1) have t = m sqrt(3); Holm multiplies p by 6, 5, ...
+
+    So p of 0.05, 0.01 and 0.001 become 0.1, 0.04 and 0.006.
+    """
     for t, df, p in ((4.303, 2, 0.05), (9.925, 2, 0.01), (2.776, 4, 0.05), (-4.604, 4, 0.01)):
         assert tables.two_sided_p(t, df) == pytest.approx(p, abs=1e-4)
 
@@ -452,7 +456,7 @@ def test_differences_by_hand():
     of_methods = {"a": method(4.303), tables.YARDSTICK: method(0), "b": method(9.925)}
     study = {"methods": {"methods": of_methods}, "rlhf": method(31.599)}  # of p = 0.001
     rows = [row.split(" | ") for row in tables.differences_table(study).splitlines()[2:]]
-    for of_rows in ([row[2] for row in rows], [row[4].strip(" |") for row in rows]):
-        assert of_rows == ["0.100", "0.040", "0.006"]
+    for column in (1, 2):
+        assert ["*" in row[column] for row in rows] == [False, True, True]
     assert [row[0][-1] for row in rows] == ["a", "b", "F"]
-    assert rows[0][1] == rows[0][3] == "+0.025 (-0.000 to +0.050)"  # 4.303 x 0.01 / sqrt(3)
+    assert rows[0][1] == "+0.025 (-0.000 to +0.050)"  # 4.303 x 0.01 / sqrt(3)

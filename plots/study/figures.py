@@ -115,17 +115,17 @@ def draw_rewards(runs, beta):
 
 def draw_same_pairs(published):
     """The answers of one SFT model, and after DPO and RLHF on the same offline pairs."""
-    of_seed = {
-        "SFT": published["methods"]["sft"][0],
-        "offline": published["methods"]["methods"]["offline"]["runs"][0],
-        "RLHF": published["rlhf"]["runs"][0],
-    }
-    titles = {"SFT": "SFT", "offline": "DPO, offline pairs", "RLHF": "RLHF, the same pairs"}
-    most = most_terms(result["sampled"] for result in of_seed.values())
-    figure = Figure(figsize=(10.3, 3.8))
-    for axes, (name, result) in zip(figure.subplots(1, 3, sharey=True), of_seed.items()):
-        draw_histogram(axes, result["sampled"], titles[name], OF_METHODS[name], 3, most)
-    figure.axes[0].set_ylabel(f"share of {result['sampled']['n']:,} sampled answers (%)")
+    panels = [  # title, name of the colour, runs
+        ("SFT", "SFT", published["methods"]["sft"]),
+        ("DPO, offline pairs", "offline", published["methods"]["methods"]["offline"]["runs"]),
+        ("RLHF, the same pairs", "RLHF", published["rlhf"]["runs"]),
+        ("RLHF without the KL", "RLHF", published["rlhf"]["without kl"]),
+    ]
+    most = most_terms(runs[0]["sampled"] for _, _, runs in panels)
+    figure = Figure(figsize=(12.5, 3.6))
+    for axes, (title, name, runs) in zip(figure.subplots(1, 4, sharey=True), panels):
+        draw_histogram(axes, runs[0]["sampled"], title, OF_METHODS[name], 3, most)
+    figure.axes[0].set_ylabel(f"share of {runs[0]['sampled']['n']:,} answers (%)")
     figure.axes[0].legend(loc="upper right")
     return figure
 

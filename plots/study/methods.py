@@ -5,7 +5,7 @@
 Every method has the same steps, batches and learning rates to choose from. The rate is chosen on
 seed 0 and reported over other seeds. It is the one with the most preferred answers, unless another
 has as many within the noise and more exact ones beyond it. A method that is best at the edge of the
-rates gets one more.
+rates gets more.
 """
 
 import math
@@ -23,7 +23,7 @@ from plots.study import frontier, runs
 SEEDS = (1, 2, 3, 4, 5)
 FEWER = SEEDS[:3]  # for the other methods, to save time
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-BEYOND = {1e-4: 3e-5, 3e-3: 1e-2}  # the rate to try next, if the best is at the edge
+BEYOND = {1e-4: 3e-5, 3e-5: 1e-5, 3e-3: 1e-2}  # the rate to try next, if the best is at the edge
 IPO = {"pairs": "offline", "loss": "ipo"}
 METHODS = {  # name: settings, each tried at every rate; all else is the default of train_dpo.py
     "offline": [{"pairs": "offline"}],

@@ -74,7 +74,7 @@ def rloo_loss(policy, reference, prompts, reward, beta, answers=ANSWERS):
     return -(advantages * logps).mean()
 
 
-def train_policy(policy, reference, reward_model, lr, seed):
+def train_policy(policy, reference, reward_model, lr, beta, seed):
     """RLOO with the learned reward. Returns the path of the policy, from step 0 on."""
     torch.manual_seed(seed)
     rng, sums = random.Random(seed), seen_sums(policy.config.max_sum)
@@ -82,7 +82,7 @@ def train_policy(policy, reference, reward_model, lr, seed):
 
     def next_loss():
         prompts = [f"{n}=" for n in rng.choices(sums, k=BATCH // ANSWERS) for _ in range(ANSWERS)]
-        return rloo_loss(policy, reference, prompts, lambda e: rewards_of(reward_model, e), BETA)
+        return rloo_loss(policy, reference, prompts, lambda e: rewards_of(reward_model, e), beta)
 
     def after_step(step):
         if step in LOOKS:
@@ -137,31 +137,36 @@ def about_rewards(reward_model, reference, seed):
     return result
 
 
-def run(lr, seed):
+def run(lr, beta, seed):
     """The result of one run, both stages."""
 
     def compute():
         policy, reference, p = runs.start(seed)
         reward_model, _, _ = runs.start(seed)
         train_reward_model(reward_model, seed)
-        looks = train_policy(policy, reference, reward_model, lr, seed)
+        looks = train_policy(policy, reference, reward_model, lr, beta, seed)
         samples = runs.SAMPLES if seed in methods.SEEDS else runs.SAMPLES // 5
         result = methods.asked_of(policy, reference, p, seed, samples)
         return result | {"rewards": about_rewards(reward_model, reference, seed), "looks": looks}
 
-    return runs.kept(f"rlhf_lr={lr}_{seed}", compute)
+    return runs.kept(f"rlhf_{runs.name_of({'lr': lr, 'beta': beta}, seed)}", compute)
 
 
 def rlhf(pool):
     """The content of rlhf.json: like a method of part 1."""
     runs.train_sft_models(pool, (0, *methods.SEEDS))
-    tried = runs.gather("rates", {lr: pool.submit(run, lr, 0) for lr in methods.RATES})
+    tried = runs.gather("rates", {lr: pool.submit(run, lr, BETA, 0) for lr in methods.RATES})
     tried = [({"lr": lr}, result) for lr, result in tried.items()]
     best = methods.best_of(tried)
     shares = [[s, *(r["sampled"][key] for key in ("preferred", "exact"))] for s, r in tried]
     content = {"settings": best, "tried": shares, "other lr": OTHER_LR}
-    for name, lr in (("runs", best["lr"]), ("other", OTHER_LR)):
-        results = runs.gather(name, {s: pool.submit(run, lr, s) for s in methods.SEEDS})
+    settings = {  # name: (lr, beta, seeds)
+        "runs": (best["lr"], BETA, methods.SEEDS),
+        "other": (OTHER_LR, BETA, methods.SEEDS),
+        "without kl": (best["lr"], 0, methods.FEWER),
+    }
+    for name, (lr, beta, seeds) in settings.items():
+        results = runs.gather(name, {seed: pool.submit(run, lr, beta, seed) for seed in seeds})
         content[name] = list(results.values())
     return content
 

@@ -174,9 +174,9 @@ def write_part(name, study):
     try:
         content = study(pool)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         for worker in multiprocessing.active_children():
             worker.terminate()
+        pool.shutdown(cancel_futures=True)
     write_file(FOLDER / f"{name}.json", json.dumps(content, allow_nan=False).encode())
     print(f"Wrote {name}.json; make publish writes the page from it.")
 

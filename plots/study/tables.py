@@ -69,13 +69,16 @@ def cell(values):
     return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def table(first, columns, rows):
-    """A row of cells for each {name: runs}; `columns` map names to values of a run."""
-    lines = [
-        [name, *(cell([value(run) for run in runs]) for value in columns.values())]
-        for name, runs in rows.items()
-    ]
-    return markdown([first, *columns], lines)
+def cells_of(runs, columns, without_spread=()):
+    """A cell a column, each a value of a run; those `without_spread` show the mean alone."""
+    values = {name: [value(run) for run in runs] for name, value in columns.items()}
+    return [cell([mean(x)] if name in without_spread else x) for name, x in values.items()]
+
+
+def table(first, columns, rows, without_spread=()):
+    """A row of cells for each {name: runs}."""
+    rows = [[name, *cells_of(runs, columns, without_spread)] for name, runs in rows.items()]
+    return markdown([first, *columns], rows)
 
 
 def of_three_terms(result, counts="counts"):
@@ -104,9 +107,7 @@ def more_table(study):
     columns = {
         "exact: held-out sums": lambda r: r["held out"]["exact"],
         "sum of 100": lambda r: r["largest"],
-        "sums outside 5..100": lambda r: r["outside"],
         "greedy": lambda r: r["greedy"]["exact"],
-        "preferred: greedy": lambda r: r["greedy"]["preferred"],
     }
     return table("", columns, models_of(study))
 
@@ -116,9 +117,8 @@ def methods_table(study):
     columns = {"preferred": PREFERRED, "exact": EXACT} | PARTS_OF_KL
     rows = []
     for name, method in figures.methods_of(study).items():
-        runs, rate = method["runs"], f"{method['settings']['lr']:g}"
-        cells = [cell([value(run) for run in runs]) for value in columns.values()]
-        rows.append([name, NEEDS[name], rate, *cells])
+        cells = cells_of(method["runs"], columns, ("drift, preferred", "drift, others"))
+        rows.append([name, NEEDS[name], f"{method['settings']['lr']:g}", *cells])
     return markdown(["method", "needs", "lr", *columns], rows)
 
 
@@ -134,11 +134,10 @@ def asked_table(study):
         reached = [
             r["offline pairs"]["chosen"] - r["offline pairs"]["rejected"] for r in method["runs"]
         ]
-        of_policy = [cell([value(run) for run in method["runs"]]) for value in (PREFERRED, EXACT)]
+        of_policy = cells_of(method["runs"], {"preferred": PREFERRED, "exact": EXACT})
         rows.append([name, rounded(z), cell(reached), rounded(mean(shares)), *of_policy])
-    return markdown(
-        ["", "z asked for", "z of pairs", "share asked for", "preferred", "exact"], rows
-    )
+    header = ["", "z asked for", "z of pairs", "share asked for", "preferred", "exact"]
+    return markdown(header, rows)
 
 
 def two_sided_p(t, df):
@@ -161,17 +160,17 @@ def paired(value, runs, others):
 
 
 def differences_table(study):
-    """Every method less the yardstick, with p-values corrected by Holm."""
+    """Every method less the yardstick; a star where p is below 0.05, corrected by Holm."""
     methods, metrics = methods_of(study), {EXCESS: PARTS_OF_KL[EXCESS], "preferred": PREFERRED}
     keys = list(itertools.product([name for name in methods if name != YARDSTICK], metrics))
     found = {key: paired(metrics[key[1]], methods[key[0]], methods[YARDSTICK]) for key in keys}
-    corrected, largest = {}, 0.0
+    cells, differs = {}, True
     for rank, key in enumerate(sorted(keys, key=lambda key: found[key][1])):
-        largest = max(largest, min(1.0, found[key][1] * (len(keys) - rank)))
-        corrected[key] = f"{largest:.3f}" if largest >= 0.001 else "< 0.001"
-    cells = {key: [found[key][0], corrected[key]] for key in keys}
-    rows = [[name, *cells[name, EXCESS], *cells[name, "preferred"]] for name, _ in keys[::2]]
-    return markdown(["method", EXCESS, "p", "preferred", "p"], rows)
+        text, p = found[key]
+        differs = differs and p * (len(keys) - rank) < 0.05
+        cells[key] = text + " *" * differs
+    rows = [[name, cells[name, EXCESS], cells[name, "preferred"]] for name, _ in keys[::2]]
+    return markdown(["method", *metrics], rows)
 
 
 def looks_table(study):
@@ -180,26 +179,19 @@ def looks_table(study):
     for looks in zip(*(run["looks"] for run in methods_of(study)["offline"])):
         rows[str(looks[0]["step"])] = looks
     steps = list(rows)
-    rows = {step: rows[step] for step in [steps[0], *steps[4:7], steps[-1]]}
+    rows = {step: rows[step] for step in [steps[0], *steps[5:7], steps[-1]]}
     columns = {key: lambda look, key=key: look[key] for key in ("preferred", "exact", "kl")}
     return table("step", columns, rows)
 
 
 def tokens_table(study):
     """The next token at the end of rejected answers of two, four and five terms."""
+    asked = [("end", "2"), ("end", "4"), ("end", "5"), ("right digit", "2")]
     columns = {
         f"{name}, {k} terms": lambda r, name=name, k=k: r["next token"][k][name]
-        for name in ("end", "right digit")
-        for k in ("2", "4", "5")
+        for name, k in asked
     }
     return table("", columns, models_of(study))
-
-
-def missed_table(study):
-    """How the wrong answers of a policy miss the sum."""
-    ways = ("go on after the exact sum", "overshoot", "stop short")
-    columns = {way: lambda r, way=way: r["wrong"][way] for way in ways}
-    return table("", {"wrong answers": lambda r: 1 - EXACT(r)} | columns, models_of(study))
 
 
 # ---- the tables of the other parts -----------------------------------------------------------
@@ -213,7 +205,7 @@ def rewards_table(study):
         "its deviation over answers": lambda of_seed: of_seed[1],
     }
     rows = {kind: [run["rewards"][kind] for run in study["rlhf"]["runs"]] for kind in kinds}
-    return table("answer", columns, rows)
+    return table("answer", columns, rows, columns)
 
 
 def optimum_table(study):
@@ -221,9 +213,14 @@ def optimum_table(study):
     rlhf = study["rlhf"]
     columns = {key: lambda r, key=key: r[key] for key in ("preferred", "exact", "kl")}
     rows = {"optimum, estimated": [run["rewards"]["optimum"] for run in rlhf["runs"]]}
-    for lr, runs in ((rlhf["settings"]["lr"], rlhf["runs"]), (rlhf["other lr"], rlhf["other"])):
+    of_runs = {
+        f"RLHF, lr {rlhf['settings']['lr']:g}": rlhf["runs"],
+        f"RLHF, lr {rlhf['other lr']:g}": rlhf["other"],
+        "RLHF without the KL": rlhf["without kl"],
+    }
+    for name, runs in of_runs.items():
         ends = [{"preferred": PREFERRED(run), "exact": EXACT(run), "kl": KL(run)} for run in runs]
-        rows[f"RLHF, lr {lr:g}"] = ends
+        rows[name] = ends
     return table("", columns, rows)
 
 
@@ -242,9 +239,8 @@ def interventions_table(study):
     (_, of_variants), (lr, others) = study["interventions"].items()
     rows = []
     for name, runs in of_variants.items():
-        cells = [cell([value(run) for run in runs]) for value in columns.values()]
-        gain, _ = paired(EXACT, runs, of_variants["offline"])
-        gain = "" if name == "offline" else gain
+        cells = cells_of(runs, columns, ("loss", "z of its pairs", "KL"))
+        gain = "" if name == "offline" else paired(EXACT, runs, of_variants["offline"])[0]
         rows.append([name, *cells, gain, cell(map(EXACT, others[name]))])
     header = ["variant", *columns, "exact, less offline", f"exact, lr {float(lr):g}"]
     return markdown(header, rows)
@@ -252,16 +248,29 @@ def interventions_table(study):
 
 def collapse_table(study):
     """A row a change of one setting of the classic pairs."""
-    columns = {key: lambda r, key=key: r[key] for key in ("preferred", "exact", "kl", "gap")}
-    return table("changed", columns, study["collapse"])
+    columns = {key: lambda r, key=key: r[key] for key in ("preferred", "exact", "kl")}
+    return table("changed", columns, study["collapse"], ["kl"])
 
 
 def judge_table(study):
-    """A row a setting with a noisy judge. Some were also trained twice as long, on one seed."""
+    """A row a setting with a noisy judge. All were also trained twice as long, on one seed."""
     columns = {
         "optimum": lambda r: r["predicted"]["preferred"],
         "preferred": lambda r: r["preferred"],
         "exact": lambda r: r["exact"],
+    }
+    longer = {name_of(entry): entry["runs"] for entry in study["judge"]["longer"]}
+    rows = []
+    for entry in study["judge"]["study"]:
+        twice = [r[key] for r in longer.get(name_of(entry), []) for key in ("preferred", "exact")]
+        cells = cells_of(entry["runs"], columns, ["optimum"])
+        rows.append([*name_of(entry), *cells, " / ".join(map(rounded, twice))])
+    return markdown(["answers, loss", "β", *columns, "both, twice the steps"], rows)
+
+
+def identity_table(study):
+    """The margin z at the smallest beta, and its parts in the policy's own answers."""
+    columns = {
         "z of the optimum": lambda r: r["predicted"]["z"],
         "z, SFT's answers": lambda r: r["z"]["reference"],
         "z, own answers": lambda r: r["z parts"]["z"],
@@ -269,20 +278,11 @@ def judge_table(study):
         "+ KL, preferred": lambda r: r["z parts"]["preferred"],
         "− KL, others": lambda r: r["z parts"]["others"],
     }
-    with_spread = ("preferred", "exact")
-    longer = {name_of(entry): entry["runs"] for entry in study["judge"]["longer"]}
-    rows = []
-    for entry in study["judge"]["study"]:
-        cells = []
-        for name, value in columns.items():
-            of_runs = [value(run) for run in entry["runs"]]
-            cells.append(cell(of_runs if name in with_spread else [mean(of_runs)]))
-        twice = longer.get(name_of(entry), [])
-        cells.insert(3, " / ".join(cell([r[key] for r in twice]) for key in with_spread if twice))
-        rows.append([*name_of(entry), f"{entry['settings']['lr']:g}", *cells])
-    header = ["answers, loss", "β", "lr", *columns]
-    header.insert(6, "both, twice the steps")
-    return markdown(header, rows)
+    of_judge = study["judge"]["study"]
+    smallest = min(entry["settings"]["beta"] for entry in of_judge)
+    entries = [entry for entry in of_judge if entry["settings"]["beta"] == smallest]
+    rows = {name_of(entry)[0]: entry["runs"] for entry in entries}
+    return table("answers, loss", columns, rows, columns)
 
 
 def name_of(entry):
@@ -300,12 +300,12 @@ TABLES = {
     "differences": differences_table,
     "looks": looks_table,
     "tokens": tokens_table,
-    "missed": missed_table,
     "rewards": rewards_table,
     "optimum": optimum_table,
     "interventions": interventions_table,
     "collapse": collapse_table,
     "judge": judge_table,
+    "identity": identity_table,
 }
 
 
