@@ -35,7 +35,7 @@ SMALL = {  # the whole study in seconds: module: its constants
     runs: {"SAMPLES": 5},
     train_dpo: {"EVEN_LOOKS": 1},
     methods: {"RATES": (3e-3,), "BEYOND": {}, "PAIRS": 20, "EQUATIONS": 20, "SEEDS": (1, 2, 3)},
-    rlhf: {"STEPS": 1, "BATCH": 8, "LOOKS": (1,)},
+    rlhf: {"STEPS": 2, "BATCH": 8, "LOOKS": (1,)},
     interventions: {"STEPS": 3, "BATCH": 8, "PAIRS": 20, "SEEDS": (1, 2, 3)}
     | {"VARIANTS": {x: VARIANTS[x] for x in ("offline", *figures.REMEDIES)}},
     collapse: {"SEEDS": (1,)}
@@ -387,7 +387,9 @@ def test_every_part_has_all_its_runs_and_the_judge_its_optimum(study):
         return [run["seed"] for run in found]
 
     sft, of_methods = study["methods"]["sft"], study["methods"]["methods"].values()
-    assert seeds_of(sft) == seeds_of(study["rlhf"]["runs"]) == [1, 2, 3]
+    with_kl, without_kl = (study["rlhf"][name] for name in ("runs", "without kl"))
+    assert seeds_of(sft) == seeds_of(with_kl) == seeds_of(without_kl) == [1, 2, 3]
+    assert with_kl[0]["kl"] != without_kl[0]["kl"]
     for method in of_methods:
         flags = [f"--{flag}={value}" for flag, value in method["settings"].items()]
         assert train_dpo.parse_args(flags) and seeds_of(method["runs"]) == [1, 2, 3]
@@ -459,4 +461,4 @@ def test_differences_by_hand():
     for column in (1, 2):
         assert ["*" in row[column] for row in rows] == [False, True, True]
     assert [row[0][-1] for row in rows] == ["a", "b", "F"]
-    assert rows[0][1] == "+0.025 (-0.000 to +0.050)"  # 4.303 x 0.01 / sqrt(3)
+    assert rows[0][1] == "+0.025 [-0.000, +0.050]"  # 4.303 x 0.01 / sqrt(3)

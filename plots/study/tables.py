@@ -156,7 +156,7 @@ def paired(value, runs, others):
     error = stdev(differences) / math.sqrt(len(differences))
     low, high = difference - T_95[df] * error, difference + T_95[df] * error
     p = two_sided_p(difference / error, df) if error else 1.0
-    return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})", p
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]", p
 
 
 def differences_table(study):
@@ -256,22 +256,23 @@ def judge_table(study):
     """A row a setting with a noisy judge. All were also trained twice as long, on one seed."""
     columns = {
         "optimum": lambda r: r["predicted"]["preferred"],
+        "its KL": lambda r: r["predicted"]["kl"],
         "preferred": lambda r: r["preferred"],
         "exact": lambda r: r["exact"],
+        "KL": lambda r: r["kl"],
     }
     longer = {name_of(entry): entry["runs"] for entry in study["judge"]["longer"]}
     rows = []
     for entry in study["judge"]["study"]:
-        twice = [r[key] for r in longer.get(name_of(entry), []) for key in ("preferred", "exact")]
-        cells = cells_of(entry["runs"], columns, ["optimum"])
-        rows.append([*name_of(entry), *cells, " / ".join(map(rounded, twice))])
-    return markdown(["answers, loss", "β", *columns, "both, twice the steps"], rows)
+        cells = cells_of(entry["runs"], columns, ["optimum", "its KL"])
+        twice = cell([run["preferred"] for run in longer.get(name_of(entry), [])])
+        rows.append([*name_of(entry), *cells, twice])
+    return markdown(["answers, loss", "β", *columns, "preferred, twice the steps"], rows)
 
 
 def identity_table(study):
     """The margin z at the smallest beta, and its parts in the policy's own answers."""
     columns = {
-        "z of the optimum": lambda r: r["predicted"]["z"],
         "z, SFT's answers": lambda r: r["z"]["reference"],
         "z, own answers": lambda r: r["z parts"]["z"],
         "log-odds": lambda r: r["z parts"]["log-odds"],
