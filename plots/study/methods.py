@@ -23,7 +23,7 @@ from plots.study import frontier, runs
 SEEDS = (1, 2, 3, 4, 5)
 FEWER = SEEDS[:3]  # for the other methods, to save time
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-BEYOND = {1e-4: 3e-5, 3e-5: 1e-5, 3e-3: 1e-2}  # the rate to try next, if the best is at the edge
+BEYOND = {1e-4: 3e-5, 3e-5: 1e-5, 1e-5: 3e-6, 3e-3: 1e-2}  # the rate to try next, at an edge
 IPO = {"pairs": "offline", "loss": "ipo"}
 METHODS = {  # name: settings, each tried at every rate; all else is the default of train_dpo.py
     "offline": [{"pairs": "offline"}],
