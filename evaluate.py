@@ -140,8 +140,8 @@ def rounded(value):
 
 
 def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    first, *others = ["| " + " | ".join(line) + " |" for line in (header, *rows)]
+    return "\n".join([first, "|" + "---|" * len(header), *others])
 
 
 def table(results):

@@ -139,18 +139,22 @@ JUDGED = {  # (answers, loss): label, colour and marker
 
 
 def draw_judge(entries):
-    """The share of preferred answers at which runs with a noisy judge end, over beta."""
+    """The share of preferred answers at which runs with a noisy judge end, over beta.
+
+    The marks of one beta stand side by side.
+    """
     figure = Figure(figsize=(7, 3.8))
     axes = figure.subplots()
     predicted = {}
-    for kind, (label, color, marker) in JUDGED.items():
+    for i, (kind, (label, color, marker)) in enumerate(JUDGED.items()):
         of_kind = [e for e in entries if (e["settings"]["answers"], e["settings"]["loss"]) == kind]
         betas = [entry["settings"]["beta"] for entry in of_kind]
         shares = [[100 * run["preferred"] for run in entry["runs"]] for entry in of_kind]
         style = {"color": color, "marker": marker, "linestyle": "none", "capsize": 3}
         if of_kind:
             means, deviations = list(map(mean, shares)), list(map(spread, shares))
-            axes.errorbar(betas, means, deviations, label=label, **style)
+            beside = [beta * 1.03 ** (i - 1.5) for beta in betas]
+            axes.errorbar(beside, means, deviations, label=label, **style)
         for beta, entry in zip(betas, of_kind):
             predicted[beta] = 100 * mean(r["predicted"]["preferred"] for r in entry["runs"])
     betas = sorted(predicted)

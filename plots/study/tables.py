@@ -107,7 +107,6 @@ def more_table(study):
     columns = {
         "exact: held-out sums": lambda r: r["held out"]["exact"],
         "sum of 100": lambda r: r["largest"],
-        "greedy": lambda r: r["greedy"]["exact"],
     }
     return table("", columns, models_of(study))
 
@@ -134,10 +133,9 @@ def asked_table(study):
         reached = [
             r["offline pairs"]["chosen"] - r["offline pairs"]["rejected"] for r in method["runs"]
         ]
-        of_policy = cells_of(method["runs"], {"preferred": PREFERRED, "exact": EXACT})
-        rows.append([name, rounded(z), cell(reached), rounded(mean(shares)), *of_policy])
-    header = ["", "z asked for", "z of pairs", "share asked for", "preferred", "exact"]
-    return markdown(header, rows)
+        preferred = cell(map(PREFERRED, method["runs"]))
+        rows.append([name, rounded(z), cell(reached), rounded(mean(shares)), preferred])
+    return markdown(["", "z asked for", "z of pairs", "share asked for", "preferred"], rows)
 
 
 def two_sided_p(t, df):
@@ -180,7 +178,7 @@ def looks_table(study):
         rows[str(looks[0]["step"])] = looks
     steps = list(rows)
     rows = {step: rows[step] for step in [steps[0], *steps[5:7], steps[-1]]}
-    columns = {key: lambda look, key=key: look[key] for key in ("preferred", "exact", "kl")}
+    columns = {key: lambda look, key=key: look[key] for key in ("preferred", "exact")}
     return table("step", columns, rows)
 
 
@@ -198,14 +196,10 @@ def tokens_table(study):
 
 
 def rewards_table(study):
-    """What the reward model says of right and wrong answers: mean and deviation over answers."""
+    """What the reward model says of right and wrong answers."""
     kinds = [k for k in study["rlhf"]["runs"][0]["rewards"] if k != "optimum"]
-    columns = {
-        "mean reward": lambda of_seed: of_seed[0],
-        "its deviation over answers": lambda of_seed: of_seed[1],
-    }
     rows = {kind: [run["rewards"][kind] for run in study["rlhf"]["runs"]] for kind in kinds}
-    return table("answer", columns, rows, columns)
+    return table("answer", {"mean reward": lambda of_seed: of_seed[0]}, rows)
 
 
 def optimum_table(study):
