@@ -173,9 +173,11 @@ def write_part(name, study):
     pool = ProcessPoolExecutor(torch.get_num_threads(), workers, start_worker)
     try:
         content = study(pool)
-    finally:
+    except BaseException:
         for worker in multiprocessing.active_children():
             worker.terminate()
+        raise
+    finally:
         pool.shutdown(cancel_futures=True)
     write_file(FOLDER / f"{name}.json", json.dumps(content, allow_nan=False).encode())
     print(f"Wrote {name}.json; make publish writes the page from it.")
