@@ -23,7 +23,7 @@ LR = 3e-4
 SAMPLES = 25  # answers to every sum
 SFT_STEPS = {24: 3000, 96: 1500}  # by width: fewer where a step takes longer
 CASES = {  # flags of train_dpo.py; "pairs in a file" and "width" (of SFT) are done here
-    "as in part 1": {},
+    "nothing": {},
     "β = 0.1": {"beta": 0.1},
     "β = 5": {"beta": 5},
     "a file of 100 pairs": {"pairs in a file": 100},
