@@ -48,8 +48,8 @@ def shown_sums(max_sum=DEFAULT_MAX_SUM):
 def entropy_floor(equations):
     """Mean -log p of equations under the generator, given their sums, in nats.
 
-    No model can have a lower loss on them. A completion of N with K terms has the probability
-    1 / (4 C(N-1, K-1)); the mean is 9.179 nats over 5..100, and 9.163 over the sums of training.
+    On fresh equations no model has a lower loss on average. A completion of N with K terms has the
+    probability 1 / (4 C(N-1, K-1)); the mean is 9.179 nats over 5..100, and 9.163 in training.
     """
     kinds = [(n, len(terms)) for n, terms in map(parse, equations)]
     return fmean(math.log(4 * math.comb(n - 1, k - 1)) for n, k in kinds)
@@ -125,12 +125,11 @@ def measure(answers, preferred_terms):
     All are shares of the n answers (counts and exact_counts by number of terms), but mae: the mean
     |N - sum of terms| of the answers that parse, or None if none does.
     """
-    results = list(map(parse, answers))
-    parsed = [result for result in results if result]
+    parsed = [result for result in map(parse, answers) if result]
     errors = [abs(n - sum(terms)) for n, terms in parsed]
     counts = Counter(len(terms) for _, terms in parsed)
     exact_counts = Counter(len(terms) for n, terms in parsed if n == sum(terms))
-    n = len(results)
+    n = len(answers)
     return {
         "n": n,
         "parse_rate": len(parsed) / n,
@@ -211,7 +210,7 @@ def read_pairs(path, max_sum):
         try:
             if line.strip():
                 pairs.append(parse_pair(line, longest_completion(max_sum)))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {i} is not a usable pair: {error}") from None
     if not pairs:
         raise InputError(f"{path} holds no pair; data.py --pairs > {path} writes some")
@@ -224,8 +223,10 @@ def read_pairs(path, max_sum):
 
 def parse_pair(line, longest):
     """One line of a file as (prompt, chosen, rejected), or a ValueError that says why not."""
-    pair = json.loads(line)
-    prompt, chosen, rejected = (pair[key] for key in ("prompt", "chosen", "rejected"))
+    pair, keys = json.loads(line), ("prompt", "chosen", "rejected")
+    if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in keys):
+        raise ValueError("it must have the strings prompt, chosen and rejected")
+    prompt, chosen, rejected = (pair[key] for key in keys)
     if not re.fullmatch(r"[1-9][0-9]{0,2}=", prompt):
         raise ValueError(f"the prompt must be a sum up to 999 and =, not {prompt!r}")
     if not all(re.fullmatch(f"[0-9+]{{0,{longest}}}", side) for side in (chosen, rejected)):

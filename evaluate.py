@@ -36,13 +36,13 @@ def parse_args(argv=None):
     add("checkpoints", nargs="*", metavar="CHECKPOINT", help="models to evaluate, or runs/*.pt")
     add("--sft", default="runs/sft.pt", help="the reference")
     add("--samples", type=number(int, 1), default=100, help="sampled answers to every sum")
-    add("--ask", type=sums_to_ask, metavar="N,N,...", help="only print answers to these sums")
+    add("--ask", type=list_of_sums, metavar="N,N,...", help="only print answers to these sums")
     add("--plots-dir", default="plots", help="folder of results.json and the figures")
     add("--device", choices=DEVICES, default="cpu", help="where to compute")
     return parser.parse_args(argv)
 
 
-def sums_to_ask(text):
+def list_of_sums(text):
     return [number(int, 1, 999)(n) for n in text.split(",")]
 
 
@@ -76,7 +76,7 @@ def load_models(args):
     models = {label: loaded[label] for label in first} | loaded
     terms = {saved["preferred_terms"] for _, saved, _ in loaded.values() if "pairs" in saved}
     if len(terms) > 1 or len({model.config.max_sum for model, _, _ in loaded.values()}) > 1:
-        raise InputError("checkpoints differ in --max-sum or --preferred-terms; name some")
+        raise InputError("models differ in --max-sum or --preferred-terms; name those to compare")
     return models, terms.pop() if terms else 3
 
 
@@ -125,7 +125,7 @@ def ask(models, sums, terms, seed):
 
 # ---- the table -------------------------------------------------------------------------------
 
-COLUMNS = {  # of the share of the answers, but for the mean absolute error and the KL
+COLUMNS = {  # shares of the sampled answers, but for the mean absolute error and the KL
     "preferred": lambda result: result["sampled"]["preferred"],
     "exact": lambda result: result["sampled"]["exact"],
     "mean abs. error": lambda result: result["sampled"]["mae"],

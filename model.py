@@ -48,10 +48,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, past=None):
-        """x (B, T, C) -> (B, T, C), and the keys and values so far, (B, H, S, D) each.
-
-        `past` are the keys and values of the columns before these.
-        """
+        """x (B, T, C) -> (B, T, C), and the keys and values of `past` and x, (B, H, S, D) each."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
@@ -140,7 +137,7 @@ def generate(model, prompts, greedy=False, generator=None):
     """
     device, cache = model.head.weight.device, [None] * len(model.blocks)
     new, _ = collate([(prompt, CUT_OFF) for prompt in prompts], device)  # (B, 4), not yet read
-    written = new[:, :0]
+    written = new[:, :0]  # (B, 0)
     for _ in range(model.config.block_size - PROMPT_WIDTH):
         logits = model(new, cache)[:, -1]  # (B, V)
         if greedy:
@@ -192,7 +189,7 @@ def load_checkpoint(path, device="cpu"):
         return model.to(device).eval(), dict(checkpoint["args"]), list(checkpoint["log"])
     except Exception as error:  # torch.load has no one type for what is no checkpoint
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is no checkpoint of this version: {reason}") from None
+        raise InputError(f"cannot load {path} as a checkpoint of this version: {reason}") from None
 
 
 def fingerprint(model):

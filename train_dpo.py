@@ -57,41 +57,25 @@ def dpo_loss(
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
 
-def ipo_loss(
-    policy_chosen_logps,
-    policy_rejected_logps,
-    ref_chosen_logps,
-    ref_rejected_logps,
-    beta,
-    label_smoothing=0.0,
-):
+def ipo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """The IPO loss (arXiv 2310.12036, eq. 17) on summed log-probs: (z - 1 / (2 beta))^2.
 
     Takes and returns what dpo_loss does.
     """
-    chosen_logratios = policy_chosen_logps - ref_chosen_logps
-    rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    chosen_logratios, rejected_logratios = pi_chosen - ref_chosen, pi_rejected - ref_rejected
     z, margin = chosen_logratios - rejected_logratios, 1 / (2 * beta)
     losses = (1 - label_smoothing) * (z - margin) ** 2 + label_smoothing * (-z - margin) ** 2
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
 
-def imitation_loss(
-    policy_chosen_logps,
-    policy_rejected_logps,
-    ref_chosen_logps,
-    ref_rejected_logps,
-    beta,
-    label_smoothing=0.0,
-):
+def imitation_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """Plain likelihood of the chosen side: -log pi(chosen), the Preferred-FT of the DPO paper.
 
     Takes and returns what dpo_loss does; beta has a part in the rewards alone.
     """
-    losses = -(1 - label_smoothing) * policy_chosen_logps - label_smoothing * policy_rejected_logps
-    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
-    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    chosen_logratios, rejected_logratios = pi_chosen - ref_chosen, pi_rejected - ref_rejected
+    losses = -(1 - label_smoothing) * pi_chosen - label_smoothing * pi_rejected
+    return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
 
 LOSSES = {"sigmoid": dpo_loss, "ipo": ipo_loss, "imitation": imitation_loss}
@@ -99,7 +83,7 @@ LOSSES = {"sigmoid": dpo_loss, "ipo": ipo_loss, "imitation": imitation_loss}
 
 # ---- where pairs come from -------------------------------------------------------------------
 # Each source starts from pairs that the generator wrote, and changes who writes which side. It
-# returns pairs, and examples (prompt, chosen) without a pair that --nll-weight holds up as well.
+# returns pairs, and examples (prompt, chosen) without a pair, which --nll-weight makes likely too.
 
 
 def offline_pairs(written, policy, reference, terms):
@@ -163,8 +147,7 @@ def parse_args(argv=None):
     add("--pairs", default="mistakes", help=f"{', '.join(SOURCES)}, or a file of JSON lines")
     add("--beta", type=number(float, 1e-9), default=0.8, help="scale of the pull to the reference")
     add("--loss", choices=LOSSES, default="sigmoid", help="imitation: likelihood of chosen alone")
-    smoothing = "share of pairs taken to be labelled the wrong way round"
-    add("--label-smoothing", type=number(float, 0, 0.499), default=0.0, help=smoothing)
+    add("--label-smoothing", type=number(float, 0, 0.499), default=0.0, help="share of bad labels")
     add("--nll-weight", type=number(float, 0), default=0.0, help="of -log pi(chosen) in the loss")
     add("--device", choices=DEVICES, default="cpu", help="where to compute")
     add("--out", default="runs/dpo.pt", help="checkpoint, with its log")
@@ -176,7 +159,6 @@ def parse_args(argv=None):
     return args
 
 
-@torch.no_grad()
 def look(policy, reference, terms, step):
     """Prints three of the policy's own answers; returns the metrics of many, with the KL in nats.
 
@@ -216,7 +198,7 @@ def main(args):
 
     # ---- the loop
     even_looks = [round(i * args.steps / EVEN_LOOKS) for i in range(EVEN_LOOKS + 1)]
-    looks = {*even_looks, *(2**i for i in range(even_looks[1].bit_length()))}
+    looks = {*even_looks, *(2**i for i in range(even_looks[1].bit_length()))}  # 1, 2, 4, ... first
     log = [{"step": 0, "own": look(policy, reference, terms, 0)}]
     for step in tqdm(range(1, args.steps + 1), desc="DPO"):
         # ---- learning rate
@@ -230,7 +212,7 @@ def main(args):
         pairs, unpaired = source(written, policy, reference, terms)
         chosen = collate([(prompt, chosen) for prompt, chosen, _ in pairs], args.device)
         rejected = collate([(prompt, rejected) for prompt, _, rejected in pairs], args.device)
-        held_up = collate(unpaired if args.nll_weight else [], args.device)
+        without_pair = collate(unpaired if args.nll_weight else [], args.device)
 
         # ---- loss: divided by the prompts of the step, so few mistakes have little weight
         policy_chosen_logps = completion_logps(policy, *chosen)
@@ -238,22 +220,18 @@ def main(args):
         with torch.no_grad():
             ref_chosen_logps = completion_logps(reference, *chosen)
             ref_rejected_logps = completion_logps(reference, *rejected)
+        logps = policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps
         losses, chosen_rewards, rejected_rewards = LOSSES[args.loss](
-            policy_chosen_logps,
-            policy_rejected_logps,
-            ref_chosen_logps,
-            ref_rejected_logps,
-            args.beta,
-            args.label_smoothing,
+            *logps, args.beta, args.label_smoothing
         )
-        nll = -policy_chosen_logps.sum() - completion_logps(policy, *held_up).sum()
+        nll = -policy_chosen_logps.sum() - completion_logps(policy, *without_pair).sum()
         loss = (losses.sum() + args.nll_weight * nll) / args.batch_size
 
         # ---- update, unless there was nothing to learn from
         loss.backward()
         if not loss.isfinite():
             raise InputError(f"the loss is not finite at step {step}; try a lower --lr")
-        if pairs or len(held_up[0]) > 0:
+        if pairs or len(without_pair[0]) > 0:
             optimizer.step()
         optimizer.zero_grad()
 

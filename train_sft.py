@@ -117,7 +117,8 @@ def main(args):
     look_every = max(1, args.steps // LOOKS)
     for step in tqdm(range(1, args.steps + 1), desc="SFT"):
         # ---- learning rate
-        lr = learning_rate(args.lr, step, args.steps)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, args.steps)
 
         # ---- batch
         tokens, completion_mask = collate(random_equations(rng, args.batch_size, sums), args.device)
@@ -130,8 +131,6 @@ def main(args):
         if not loss.isfinite():
             raise InputError(f"the loss is not finite at step {step}; try a lower --lr")
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
 
@@ -153,8 +152,7 @@ def main(args):
     if not math.isfinite(record["gap"]):
         raise InputError("the model is not finite; try a lower --lr")
     save_checkpoint(args.out, model, vars(args), log)
-    gap, exact = record["gap"], record["exact"]
-    print(f"Wrote {args.out}: gap {gap:.3f} nats, exact {exact:.3f}.")
+    print(f"Wrote {args.out}: gap {record['gap']:.3f} nats, exact {record['exact']:.3f}.")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from conftest import mixed_model, plain_logp, random_model, taught_model
+from conftest import mixed_model, plain_logp, random_model
 
 import train_dpo
 from data import is_preferred, mark, measure, random_pairs, seen_sums
-from model import fingerprint, generate, load_checkpoint, save_checkpoint
+from model import generate
 from train_dpo import LOSSES, SOURCES, dpo_loss, look
 
 SUMS = seen_sums(20)
@@ -67,21 +67,8 @@ def trained():
     return mixed_model(SUMS)
 
 
-@pytest.fixture(scope="module")
-def flawless():
-    """Every answer to a seen sum is preferred."""
-    model = taught_model([(f"{n}=", f"1+2+{n - 3}") for n in SUMS])
-    with torch.no_grad():
-        model.head.weight.mul_(4)  # what is likely becomes all but certain
-    return model
-
-
 def drawn(count, terms=3):
     return random_pairs(random.Random(7), count, SUMS, terms)
-
-
-def test_offline_pairs_are_those_of_the_generator(trained, clueless):
-    assert SOURCES["offline"](drawn(100), clueless, trained, 3) == (drawn(100), [])
 
 
 @pytest.mark.parametrize("terms", [2, 3])
@@ -120,22 +107,6 @@ def test_judged_pairs_are_two_answers_of_the_right_model(trained, clueless, term
         torch.manual_seed(3)
         assert SOURCES[name](written, policy, reference, terms) == (expected, [])
         assert SOURCES[name](written, reference, policy, terms) == ([], [])
-
-
-@pytest.mark.parametrize("pairs", ["mistakes", "online", "reference"])
-def test_a_flawless_policy_gives_no_pair_and_stays_as_it_is(pairs, flawless, tmp_path):
-    """Unless --nll-weight holds up the answers that it gets right."""
-    save_checkpoint(tmp_path / "sft.pt", flawless, {}, [])
-    for weight in ("0", "0.5"):
-        flags = f"--steps 3 --batch-size 4 --lr 1e-4 --pairs {pairs} --nll-weight {weight}".split()
-        paths = ["--sft", f"{tmp_path}/sft.pt", "--out", f"{tmp_path}/out.pt"]
-        train_dpo.main(train_dpo.parse_args(flags + paths))
-        model, args, log = load_checkpoint(tmp_path / "out.pt")
-        assert args["reference"] == fingerprint(flawless) and args["batch_size"] == 4
-        learns = pairs == "mistakes" and weight == "0.5"
-        assert (fingerprint(model) == fingerprint(flawless)) == (not learns)
-        assert [record.get("pairs") for record in log] == [None, 0, 0, 0]
-        assert not any("loss" in record or "rewards/chosen" in record for record in log)
 
 
 @pytest.mark.parametrize("terms", [2, 3, 4])

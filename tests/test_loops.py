@@ -210,6 +210,7 @@ def test_muon_is_that_of_torch(shape):
         f"{DPO} --pairs online --preferred-terms 2",
         f"{DPO} --pairs mistakes --nll-weight 0.7 --batch-size 3",
         f"{DPO} --pairs mistakes --batch-size 1 --lr 0.0005 --steps 41",
+        f"{DPO} --pairs mistakes --batch-size 1 --lr 0.0005 --steps 41 --nll-weight 0.7",
     ],
 )
 def test_a_script_trains_as_the_loop_by_hand(tmp_path, flags):

@@ -6,7 +6,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,21 +123,6 @@ def test_models_of_other_tasks_or_references_are_refused(capsys, tmp_path):
     results = json.loads((tmp_path / "new/results.json").read_text())
     assert results["task"]["preferred_terms"] == 4 and list(results["models"]) == ["mistakes"]
     assert len(os.listdir(tmp_path / "new")) == 4  # no figure of SFT
-
-
-def test_a_run_that_is_ended_leaves_the_old_checkpoint(tmp_path):
-    """Ctrl-C in the middle of a run gives the exit status 130 and no traceback."""
-    (out := tmp_path / "sft.pt").write_bytes(b"the old model")
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_sft.py", "--out", out],
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr.read(4) == b"\rSFT"  # the progress bar
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"Traceback" not in errors
-    assert list(tmp_path.iterdir()) == [out] and out.read_bytes() == b"the old model"
 
 
 def make(project, *targets):

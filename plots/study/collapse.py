@@ -1,4 +1,4 @@
-"""Part 5 of the study: when do the classic pairs fail? One setting changed at a time.
+"""Part 4 of the study: when do the classic pairs fail? One setting changed at a time.
 
     python -m plots.study.collapse            # writes collapse.json
 
@@ -14,8 +14,8 @@ import torch
 import data
 import train_dpo
 import train_sft
-from data import MIN_SUM, measure, write_file
-from model import answer, load_checkpoint, logratios_of
+from data import measure, write_file
+from model import load_checkpoint, logratios_of
 from plots.study import runs
 
 SEEDS = (1, 2, 3)
@@ -60,8 +60,7 @@ def run(case, seed):
         policy, saved_args, _ = load_checkpoint(runs.trained(train_dpo, name, settings))
         reference, _, _ = load_checkpoint(settings["sft"])
         generator = torch.Generator().manual_seed(seed)
-        sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(SAMPLES)]
-        answers = answer(policy, sums, generator=generator)
+        answers = runs.sampled_answers(policy, SAMPLES, generator)
         metrics = measure(answers, saved_args["preferred_terms"])
         return {key: metrics[key] for key in ("preferred", "exact", "counts")} | {
             "seed": seed,

@@ -1,4 +1,4 @@
-"""Part 4 of the study: a noisy judge, whose exact optimum is known. Do DPO and RL find it?
+"""Part 5 of the study: a noisy judge, whose exact optimum is known. Do DPO and RL find it?
 
     python -m plots.study.judge            # writes judge.json
 
@@ -16,8 +16,8 @@ import random
 
 import torch
 
-from data import MIN_SUM, collate, is_preferred, measure, seen_sums
-from model import answer, completion_logps, generate, logratios_of
+from data import collate, is_preferred, measure, seen_sums
+from model import completion_logps, generate, logratios_of
 from plots.study import frontier, runs
 from plots.study.rlhf import rloo_loss
 from train_dpo import LOSSES
@@ -108,10 +108,9 @@ def run(settings, seed):
         policy, reference, p = runs.start(seed)
         train(policy, reference, settings, seed)
         generator = torch.Generator().manual_seed(seed)
-        sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(SAMPLES)]
         result = {"seed": seed, "predicted": predict(p, settings), "z": {}}
         for name, writer in (("reference", reference), ("policy", policy)):
-            answers = answer(writer, sums, generator=generator)
+            answers = runs.sampled_answers(writer, SAMPLES, generator)
             logratios = logratios_of(policy, reference, answers).double()
             preferred = torch.tensor([is_preferred(a, 3) for a in answers])
             parts = frontier.split_z(logratios, preferred, p)

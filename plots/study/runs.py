@@ -124,11 +124,15 @@ def gap_of(model, count, seed):
     return -logps_of(model, equations).mean().item() - entropy_floor(equations)
 
 
+def sampled_answers(model, samples, generator):
+    """So many answers to every sum, those to one sum side by side."""
+    sums = range(MIN_SUM, model.config.max_sum + 1)
+    return answer(model, [n for n in sums for _ in range(samples)], generator=generator)
+
+
 def measured(policy, reference, p, seed, samples=SAMPLES):
     """What evaluate.py measures, with the parts of the KL."""
-    generator = torch.Generator().manual_seed(seed)
-    sums = range(MIN_SUM, policy.config.max_sum + 1)
-    sampled = answer(policy, [n for n in sums for _ in range(samples)], generator=generator)
+    sampled = sampled_answers(policy, samples, torch.Generator().manual_seed(seed))
     logratios = logratios_of(policy, reference, sampled).double()
     preferred = torch.tensor([is_preferred(a, 3) for a in sampled])
     parts = frontier.split_kl(logratios.view(-1, samples), preferred.view(-1, samples), p)

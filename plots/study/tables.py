@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -81,11 +82,16 @@ def table(first, columns, rows, without_spread=()):
     return markdown([first, *columns], rows)
 
 
-def of_three_terms(result, counts="counts"):
-    return result["sampled"][counts].get("3", 0.0)
+def of_three_terms(result):
+    return result["sampled"]["counts"].get("3", 0.0)
 
 
 PREFERRED, EXACT, KL = (COLUMNS[name] for name in ("preferred", "exact", "KL (nats)"))
+OWN = {  # of a policy's own answers, where a result has no more
+    "preferred": itemgetter("preferred"),
+    "exact": itemgetter("exact"),
+    "KL": itemgetter("kl"),
+}
 EXCESS = "above the frontier"
 PARTS_OF_KL = {
     "drift, preferred": lambda r: r["kl parts"]["preferred"],
@@ -178,8 +184,7 @@ def looks_table(study):
         rows[str(looks[0]["step"])] = looks
     steps = list(rows)
     rows = {step: rows[step] for step in [steps[0], *steps[5:7], steps[-1]]}
-    columns = {key: lambda look, key=key: look[key] for key in ("preferred", "exact")}
-    return table("step", columns, rows)
+    return table("step", {key: OWN[key] for key in ("preferred", "exact")}, rows)
 
 
 def tokens_table(study):
@@ -205,7 +210,6 @@ def rewards_table(study):
 def optimum_table(study):
     """The optimum of the learned reward, as estimated, and where the runs end."""
     rlhf = study["rlhf"]
-    columns = {key: lambda r, key=key: r[key] for key in ("preferred", "exact", "kl")}
     rows = {"optimum, estimated": [run["rewards"]["optimum"] for run in rlhf["runs"]]}
     of_runs = {
         f"RLHF, lr {rlhf['settings']['lr']:g}": rlhf["runs"],
@@ -215,7 +219,7 @@ def optimum_table(study):
     for name, runs in of_runs.items():
         ends = [{"preferred": PREFERRED(run), "exact": EXACT(run), "kl": KL(run)} for run in runs]
         rows[name] = ends
-    return table("", columns, rows)
+    return table("", OWN, rows)
 
 
 def interventions_table(study):
@@ -242,8 +246,7 @@ def interventions_table(study):
 
 def collapse_table(study):
     """A row a change of one setting of the classic pairs."""
-    columns = {key: lambda r, key=key: r[key] for key in ("preferred", "exact", "kl")}
-    return table("changed", columns, study["collapse"], ["kl"])
+    return table("changed", OWN, study["collapse"], ["KL"])
 
 
 def judge_table(study):
@@ -251,10 +254,7 @@ def judge_table(study):
     columns = {
         "optimum": lambda r: r["predicted"]["preferred"],
         "its KL": lambda r: r["predicted"]["kl"],
-        "preferred": lambda r: r["preferred"],
-        "exact": lambda r: r["exact"],
-        "KL": lambda r: r["kl"],
-    }
+    } | OWN
     longer = {name_of(entry): entry["runs"] for entry in study["judge"]["longer"]}
     rows = []
     for entry in study["judge"]["study"]:
