@@ -178,13 +178,13 @@ def differences_table(study):
 
 
 def looks_table(study):
-    """The policy's own answers at the first steps of the classic pairs and at the last one."""
+    """The policy's own answers at the start and at the first steps of the classic pairs."""
     rows = {}
     for looks in zip(*(run["looks"] for run in methods_of(study)["offline"])):
         rows[str(looks[0]["step"])] = looks
-    steps = list(rows)
-    rows = {step: rows[step] for step in [steps[0], *steps[5:7], steps[-1]]}
-    return table("step", {key: OWN[key] for key in ("preferred", "exact")}, rows)
+    start, *others = rows.items()
+    columns = {key: OWN[key] for key in ("preferred", "exact")}
+    return table("step", columns, dict([start, *others[4:6]]))
 
 
 def tokens_table(study):
