@@ -95,14 +95,12 @@ def draw_rewards(runs, beta):
     """Mean rewards of the two sides of offline pairs, on one scale, with the chosen's ceiling."""
     figure = Figure(figsize=(8, 2.8))
     axes = figure.subplots()
-    for i, (name, of_method) in enumerate(runs.items()):
-        for side, marker in (("chosen", "o"), ("rejected", "x")):
+    for side, marker in (("chosen", "o"), ("rejected", "x")):
+        style = {"marker": marker, "linestyle": "none"}
+        axes.plot([], [], color="black", label=f"{side} side", **style)  # for the legend
+        for i, (name, of_method) in enumerate(runs.items()):
             rewards = [beta * run["offline pairs"][side] for run in of_method]
-            label = f"{side} side" if i == 0 else None
-            style = {"color": "black" if i == 0 else OF_METHODS[name], "marker": marker}
-            axes.plot(rewards, [i] * len(rewards), linestyle="none", **style, label=label)
-            style["color"] = OF_METHODS[name]
-            axes.plot(rewards, [i] * len(rewards), linestyle="none", **style)
+            axes.plot(rewards, [i] * len(rewards), color=OF_METHODS[name], **style)
     ceiling = beta * mean(run["offline pairs"]["ceiling"] for run in next(iter(runs.values())))
     axes.axvline(0, color="#888888", linewidth=1)
     axes.axvline(ceiling, color="black", linestyle="--", label="ceiling of the chosen side")

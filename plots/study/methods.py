@@ -139,6 +139,11 @@ def best_of(tried):
     return tried[best][0]
 
 
+def shares_of(tried):
+    """[settings, share of preferred answers, share of exact ones] of all that was tried."""
+    return [[s, r["sampled"]["preferred"], r["sampled"]["exact"]] for s, r in tried]
+
+
 def choose(pool):
     """{method: its tried settings with their results on seed 0}, with one more rate at an edge."""
     grids = {
@@ -170,8 +175,7 @@ def methods(pool):
     content, futures = {}, {}
     for name, of_method in tried.items():
         best = best_of(of_method)
-        shares = [[s, *(r["sampled"][key] for key in ("preferred", "exact"))] for s, r in of_method]
-        content[name] = {"settings": best, "tried": shares}
+        content[name] = {"settings": best, "tried": shares_of(of_method)}
         for seed in SEEDS if name in ALL_SEEDS else FEWER:
             futures[name, seed] = pool.submit(run, best, seed)
     results = runs.gather("methods", futures)

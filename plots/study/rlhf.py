@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import PROMPT_WIDTH, collate, is_exact, random_pairs, seen_sums
-from model import answer, completion_logps, generate
+from model import CHUNK, answer, completion_logps, generate
 from plots.study import methods, runs
 from plots.study.interventions import wrong_sum
 
@@ -121,8 +121,9 @@ def about_rewards(reward_model, reference, seed):
         result[kind] = [rewards.mean().item(), rewards.std().item()]
     samples, generator = runs.SAMPLES, torch.Generator().manual_seed(seed)
     answers = answer(reference, [n for n in sums for _ in range(samples)], generator=generator)
-    examples = [(a.partition("=")[0] + "=", a.partition("=")[2]) for a in answers]
-    chunks = [examples[i : i + 1000] for i in range(0, len(examples), 1000)]
+    splits = [equation.partition("=") for equation in answers]
+    examples = [(n + equals, completion) for n, equals, completion in splits]
+    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
     rewards = torch.cat([rewards_of(reward_model, chunk) for chunk in chunks])
     scaled = (rewards.double() / BETA).view(-1, samples)  # (sums, samples)
     weights = scaled.softmax(1)
@@ -158,8 +159,7 @@ def rlhf(pool):
     tried = runs.gather("rates", {lr: pool.submit(run, lr, BETA, 0) for lr in methods.RATES})
     tried = [({"lr": lr}, result) for lr, result in tried.items()]
     best = methods.best_of(tried)
-    shares = [[s, *(r["sampled"][key] for key in ("preferred", "exact"))] for s, r in tried]
-    content = {"settings": best, "tried": shares, "other lr": OTHER_LR}
+    content = {"settings": best, "tried": methods.shares_of(tried), "other lr": OTHER_LR}
     settings = {  # name: (lr, beta, seeds)
         "runs": (best["lr"], BETA, methods.SEEDS),
         "other": (OTHER_LR, BETA, methods.SEEDS),
