@@ -33,7 +33,7 @@ IMITATION |= {"beta": 0.8, "lr": 7.5e-4}  # beta has no part in it
 BETAS = (0.3, 0.8, 2.0)
 RATE_BETAS = BETAS[:2]  # at which a rate is chosen on seed 0; other beta take that of the nearest
 SEEDS = (1, 2, 3)
-RATES = (1.9e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3)
+RATES = (9.5e-5, 1.9e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3)
 STEPS, PROMPTS, ANSWERS = 750, 8, 16  # as in part 1, 128 answers a step
 SAMPLES = 50  # answers to every sum, to measure a run
 
