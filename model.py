@@ -158,13 +158,17 @@ def answer(model, sums, greedy=False, generator=None):
     return [prompt + completion for prompt, completion in zip(prompts, completions)]
 
 
+def chunks_of(answers):
+    """Answers as lists of up to CHUNK examples (prompt, completion)."""
+    splits = [answer.partition("=") for answer in answers]
+    examples = [(n + equals, completion) for n, equals, completion in splits]
+    return [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+
+
 @torch.no_grad()
 def logps_of(model, answers):
     """log pi(y|x) in nats of the completion of each answer: (answers,)."""
-    splits = [answer.partition("=") for answer in answers]
-    examples = [(n + equals, completion) for n, equals, completion in splits]
-    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
-    device = model.head.weight.device
+    device, chunks = model.head.weight.device, chunks_of(answers)
     return torch.cat([completion_logps(model, *collate(chunk, device)).cpu() for chunk in chunks])
 
 

@@ -283,6 +283,8 @@ def test_small_pieces_by_hand():
     assert list(runs.ways_to_miss(answers[5:]).values()) == [0, 0, 0]
     values = [0.98765], [12.0, 13.0], [-1e-5], [1.0, None], [None]
     assert list(map(tables.cell, values)) == ["0.988", "12.5 ± 0.7", "0.000", "1.000", ""]
+    assert tables.cell([12.0, None, 13.0], spread=False) == "12.5"
+    assert tables.cells_of([{"x": None}], {"x": lambda r: r["x"]}, ["x"]) == [""]
 
 
 def test_other_rejected_sides_have_the_terms_and_the_wrong_sums_that_they_should():

@@ -8,6 +8,7 @@ part 1 chose for them.
 
 import contextlib
 import io
+import itertools
 
 import torch
 
@@ -74,11 +75,9 @@ def run(case, seed):
 def collapse(pool):
     """The content of collapse.json: {case: results}."""
     runs.train_sft_models(pool, SEEDS)
-    anew = [case for case in CASES if "width" in CASES[case]]  # these take longest, so they start
-    tasks = [(case, seed) for case in reversed(anew) for seed in SEEDS]
-    tasks += [(case, seed) for seed in SEEDS for case in CASES if case not in anew]
-    results = runs.gather("cases", {task: pool.submit(run, *task) for task in tasks})
-    return {case: [results[task] for task in tasks if task[0] == case] for case in CASES}
+    widths_first = itertools.product(reversed(CASES), SEEDS)  # they take longest
+    results = runs.gather("cases", {task: pool.submit(run, *task) for task in widths_first})
+    return {case: [results[case, seed] for seed in SEEDS] for case in CASES}
 
 
 if __name__ == "__main__":

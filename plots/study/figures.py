@@ -11,20 +11,18 @@ from plots.figures import COLOURS, STYLE, draw_histogram, most_terms, save
 
 FOLDER = Path(__file__).parent
 REMEDIES = {"without the last term and the end": "#332288", "half wrong sums": "#DDCC77"}
-OF_METHODS = (
-    COLOURS
-    | REMEDIES
-    | {  # one name, one colour, in these figures too
-        "mistakes + NLL": "#66C2A5",
-        "imitation": "#000000",
-        "online": "#56B4E9",
-        "reference": "#8C564B",
-        "reference + NLL": "#C49C94",
-        "offline, IPO": "#882255",
-        "offline, smoothed": "#999933",
-        "RLHF": "#CC79A7",
-    }
-)
+OF_METHODS = {  # one name, one colour, in these figures too
+    **COLOURS,
+    **REMEDIES,
+    "mistakes + NLL": "#66C2A5",
+    "imitation": "#000000",
+    "online": "#56B4E9",
+    "reference": "#8C564B",
+    "reference + NLL": "#C49C94",
+    "offline, IPO": "#882255",
+    "offline, smoothed": "#999933",
+    "RLHF": "#CC79A7",
+}
 MARKERS = ["o", "s", "^", "v", "D", "P"]
 
 

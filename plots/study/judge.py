@@ -28,8 +28,8 @@ REFERENCE = {"answers": "reference", "loss": "sigmoid"}
 MIXED = {"answers": "mixed", "loss": "sigmoid"}
 RLOO = {"answers": "online", "loss": "rloo"}
 KINDS = (ONLINE, REFERENCE, RLOO)
-IMITATION = {"answers": "reference", "loss": "imitation"}  # of the winners
-IMITATION |= {"beta": 0.8, "lr": 7.5e-4}  # beta has no part in it
+# Of the winners; beta has no part in it.
+IMITATION = {"answers": "reference", "loss": "imitation", "beta": 0.8, "lr": 7.5e-4}
 BETAS = (0.3, 0.8, 2.0)
 RATE_BETAS = BETAS[:2]  # at which a rate is chosen on seed 0; other beta take that of the nearest
 SEEDS = (1, 2, 3)

@@ -145,7 +145,7 @@ def shares_of(tried):
 
 
 def choose(pool):
-    """{method: its tried settings with their results on seed 0}, with one more rate at an edge."""
+    """{method: its tried settings with their results on seed 0}, with more rates at an edge."""
     grids = {
         name: [settings | {"lr": rate} for settings in variants for rate in RATES]
         for name, variants in METHODS.items()

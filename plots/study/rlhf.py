@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import PROMPT_WIDTH, collate, is_exact, random_pairs, seen_sums
-from model import CHUNK, answer, completion_logps, generate
+from model import answer, chunks_of, completion_logps, generate
 from plots.study import methods, runs
 from plots.study.interventions import wrong_sum
 
@@ -121,10 +121,7 @@ def about_rewards(reward_model, reference, seed):
         result[kind] = [rewards.mean().item(), rewards.std().item()]
     samples, generator = runs.SAMPLES, torch.Generator().manual_seed(seed)
     answers = answer(reference, [n for n in sums for _ in range(samples)], generator=generator)
-    splits = [equation.partition("=") for equation in answers]
-    examples = [(n + equals, completion) for n, equals, completion in splits]
-    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
-    rewards = torch.cat([rewards_of(reward_model, chunk) for chunk in chunks])
+    rewards = torch.cat([rewards_of(reward_model, chunk) for chunk in chunks_of(answers)])
     scaled = (rewards.double() / BETA).view(-1, samples)  # (sums, samples)
     weights = scaled.softmax(1)
     exact = torch.tensor([is_exact(a) for a in answers]).view(-1, samples)

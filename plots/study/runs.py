@@ -98,8 +98,7 @@ def train(optimizers, lr, steps, next_loss, after_step=lambda step: None):
     for step in range(1, steps + 1):
         next_loss().backward()
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(lr, step, steps)
+            optimizer.param_groups[0]["lr"] = learning_rate(lr, step, steps)
             optimizer.step()
             optimizer.zero_grad()
         after_step(step)

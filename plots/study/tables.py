@@ -60,20 +60,19 @@ def models_of(study):
 # ---- cells -----------------------------------------------------------------------------------
 
 
-def cell(values):
+def cell(values, spread=True):
     """A mean and, of several values, their standard deviation: "0.987 ± 0.002"."""
     values = [value for value in values if value is not None]
     if not values:
         return ""
     digits = 3 if abs(mean(values)) < 10 else 1
     text = f"{round(mean(values), digits) + 0.0:.{digits}f}"  # no negative zero
-    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return text + (f" ± {stdev(values):.{digits}f}" if spread and len(values) > 1 else "")
 
 
 def cells_of(runs, columns, without_spread=()):
     """A cell a column, each a value of a run; those `without_spread` show the mean alone."""
-    values = {name: [value(run) for run in runs] for name, value in columns.items()}
-    return [cell([mean(x)] if name in without_spread else x) for name, x in values.items()]
+    return [cell(map(columns[name], runs), name not in without_spread) for name in columns]
 
 
 def table(first, columns, rows, without_spread=()):
@@ -166,14 +165,15 @@ def paired(value, runs, others):
 def differences_table(study):
     """Every method less the yardstick; a star where p is below 0.05, corrected by Holm."""
     methods, metrics = methods_of(study), {EXCESS: PARTS_OF_KL[EXCESS], "preferred": PREFERRED}
-    keys = list(itertools.product([name for name in methods if name != YARDSTICK], metrics))
+    names = [name for name in methods if name != YARDSTICK]
+    keys = list(itertools.product(names, metrics))
     found = {key: paired(metrics[key[1]], methods[key[0]], methods[YARDSTICK]) for key in keys}
     cells, differs = {}, True
     for rank, key in enumerate(sorted(keys, key=lambda key: found[key][1])):
         text, p = found[key]
         differs = differs and p * (len(keys) - rank) < 0.05
         cells[key] = text + " *" * differs
-    rows = [[name, cells[name, EXCESS], cells[name, "preferred"]] for name, _ in keys[::2]]
+    rows = [[name, *(cells[name, metric] for metric in metrics)] for name in names]
     return markdown(["method", *metrics], rows)
 
 
