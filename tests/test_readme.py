@@ -31,6 +31,9 @@ SENTENCES = [  # (page, sentence): {model: metric} stands for the mean over the 
     ),
     (README, "also help: {half wrong sums: preferred} are preferred"),
     (README, "{RLHF: preferred} of the answers are preferred, and {RLHF: exact} are exact"),
+    (RESULTS, "and only {offline, smoothed: exact} are exact"),
+    (RESULTS, "SFT models and β, {offline: exact} and {RLHF: exact} of the answers are exact"),
+    (RESULTS, "as those of the generator nearly do (gap {SFT: gap})"),
     (RESULTS, "{offline: go on after the exact sum} pass the exact sum and go on"),
     (RESULTS, "{offline: overshoot} overshoot without ever being exact"),
     (RESULTS, "and {offline: stop short} stop short"),
@@ -55,6 +58,25 @@ def test_numbers_in_sentences_are_rounded_means_over_the_seeds(page, sentence):
         return f"{fmean(run[metric] for run in runs):.3f}"
 
     assert re.sub(r"\{(.*?)\}", mean, sentence) in " ".join(page.split())
+
+
+def test_numbers_of_single_seeds_and_parts_are_those_of_the_runs():
+    without_kl, variants = STUDY["rlhf"]["without kl"], next(iter(STUDY["interventions"].values()))
+    for runs in (without_kl, variants["four terms, cut"], variants["the end token alone"]):
+        assert "{:.3f}, {:.3f} and {:.3f}".format(*map(tables.EXACT, runs)) in RESULTS
+    assert min(map(tables.of_three_terms, without_kl)) > 0.99
+    methods = tables.methods_of(STUDY)
+    drift, excess = (
+        fmean(run["kl parts"][part] for run in methods["online"])
+        for part in ("preferred", "excess")
+    )
+    assert f"{drift:.3f} of their {excess:.3f} nats" in RESULTS
+    ends = [
+        tables.BETA * fmean(run["offline pairs"]["rejected"] for run in methods[name])
+        for name in ("imitation", "offline")
+    ]
+    expected = "end at {:.1f}, and those of `offline` at {:.1f}".format(*ends).replace("-", "−")
+    assert expected in " ".join(RESULTS.split())
 
 
 def test_the_ceiling_of_the_chosen_reward_is_that_of_the_runs():
