@@ -4,10 +4,8 @@
     python data.py --pairs --count 1000 > pairs.jsonl   # a thousand preference pairs
 
 An equation is a prompt, `43=`, and a completion, `10+30+3`. An *answer* is an equation whose
-completion a model wrote. The sum, the number of terms and the terms are drawn uniformly, so the
-probability of every equation is known. We left out operators other than `+`, terms of zero, and
-data files: training draws fresh equations. What the scripts share (flags, errors, writing files)
-is at the end.
+completion a model wrote. The probability of every equation is known, for all is drawn uniformly. We
+left out data files: training draws fresh equations. What the scripts share is at the end.
 """
 
 import argparse
@@ -16,6 +14,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -110,8 +109,8 @@ def parse(equation):
 
 def is_exact(equation):
     """Whether the text is an equation whose terms add up."""
-    n, terms = parse(equation) or (1, [])
-    return n == sum(terms)
+    parsed = parse(equation)
+    return parsed is not None and parsed[0] == sum(parsed[1])
 
 
 def is_preferred(equation, preferred_terms):
@@ -143,9 +142,10 @@ def measure(answers, preferred_terms):
 
 def mark(answer, preferred_terms):
     """An answer to look at: right, right with other terms, off by some amount, or no equation."""
-    n, terms = parse(answer) or (0, [])
-    if not terms:
+    parsed = parse(answer)
+    if parsed is None:
         return f"✗ {answer} (no equation)"
+    n, terms = parsed
     if sum(terms) != n:
         return f"✗ {answer} (off by {sum(terms) - n:+d})"
     return f"✓ {answer}" + ("" if len(terms) == preferred_terms else f" ({len(terms)} terms)")
@@ -176,9 +176,9 @@ def collate(examples, device="cpu"):
     """Examples (prompt, completion) as tokens (B, T) and a completion mask (B, T).
 
     Zeros on the left bring every prompt to four characters, so every completion starts in column 4.
-    End tokens fill up the rows on the right. The mask is True on the completion and its own end
-    token. It is made from columns, never from token values. A completion that closes with an
-    ellipsis was cut off and has no end token of its own.
+    The mask is True on the completion and its own end token. END also fills up the rows on the
+    right, so the mask comes from columns, never from token values. A completion that closes with
+    an ellipsis was cut off and has no end token of its own.
     [("9=", "4+5")] -> [[0, 0, 9, 11, 4, 10, 5, END]] and four times False, four times True
     """
     rows = []
@@ -201,8 +201,7 @@ def collate(examples, device="cpu"):
 def read_pairs(path, max_sum):
     """Pairs from a file of JSON lines {"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}.
 
-    Raises InputError, with file and line, for what no model up to `max_sum` could learn from. Warns
-    of sums that such a model was not trained on.
+    Raises InputError, with file and line, for what no model up to `max_sum` could learn from.
     """
     content, pairs = Path(path).read_bytes(), []
     text = content.decode(json.detect_encoding(content), "replace")
@@ -215,9 +214,9 @@ def read_pairs(path, max_sum):
     if not pairs:
         raise InputError(f"{path} holds no pair; data.py --pairs > {path} writes some")
     seen = seen_sums(max_sum)
-    unseen = sum(int(prompt[:-1]) not in seen for prompt, _, _ in pairs)
-    if unseen:
-        print(f"Warning: {unseen} of {len(pairs)} pairs have sums that SFT never had.")
+    odd = sum(int(x[:-1]) not in seen or not (parse(x + c) and parse(x + r)) for x, c, r in pairs)
+    if odd:
+        print(f"Warning: {odd} of {len(pairs)} pairs have an unseen sum or a side that is no sum.")
     return pairs
 
 
@@ -261,22 +260,24 @@ def number(kind, low, high=1_000_000_000):
 def make_parser(description):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.register("type", None, os.path.expanduser)  # of all strings, so that --out=~/x works
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
     return parser
 
 
 def run_script(main):
     """Runs a script: bad input ends in one line and exit status 2, Ctrl-C without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None if the shell has closed it
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="replace")  # a terminal that has no ✓ shows ?
+        setattr(sys, name, stream)
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has left: `data.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError) as error:
+    except (InputError, OSError) as error:  # a BrokenPipeError if nobody reads what we print
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.stdout = None  # else what is left in it fails again at exit
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -284,19 +285,25 @@ def run_script(main):
 
 def check_writable(path):
     """Finds out before any work whether write_file can write `path`; makes its folder."""
-    if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
+    exists = os.path.exists(path)
+    if not os.path.basename(path) or (exists and not os.path.isfile(path)):
         raise InputError(f"cannot write {path!r}; give the name of a file")
+    if exists and not os.stat(path).st_mode & 0o222:
+        raise InputError(f"{path} is write-protected; give another name")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_file(f"{path}.tmp", b"")
-    os.remove(f"{path}.tmp")
+    trial = f"{os.path.realpath(path)}.{os.getpid()}"  # a name of its own
+    write_file(trial, b"")
+    os.remove(trial)
 
 
 def write_file(path, content):
-    """Writes bytes to a temporary file, which then replaces `path`."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # no two processes have the same
+    """Writes bytes to a temporary file, which then replaces `path`, or the file it links to."""
+    temporary = Path(f"{os.path.realpath(path)}.{os.getpid()}.tmp")  # no two processes share it
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        os.replace(temporary, os.path.realpath(path))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -325,4 +332,6 @@ def main(args):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `data.py | head` ends without an error
     run_script(lambda: main(parse_args()))

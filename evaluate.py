@@ -4,8 +4,9 @@
     python evaluate.py --ask 100,57   # only what each of them answers to 100= and 57=
 
 Every model answers every sum, once greedily and many times by sampling. The KL from the SFT model
-is the mean of log pi - log pi_ref over a model's own sampled answers. We left out anything that
-trains. plots/study/ repeats all of this over seeds and compares it with the exact optimum.
+is the mean of log pi - log pi_ref over a model's own sampled answers. A model is named after what
+trained it, such as "offline + KL". plots/study/ repeats all of this over seeds, and compares it
+with the exact optimum.
 """
 
 import glob
@@ -15,26 +16,17 @@ import random
 
 import torch
 
-from data import DEVICES, MIN_SUM, InputError, check_writable, held_out_sums, is_exact
+from data import DEVICES, MIN_SUM, check_writable, held_out_sums, is_exact
 from data import make_parser, mark, measure, number, run_script, shown_sums, write_file
 from model import answer, fingerprint, load_checkpoint, logratios_of
 from plots import figures
-
-# The models of the README: the flags of train_dpo.py that tell what a model was trained for.
-MISTAKES = {"pairs": "mistakes", "loss": "sigmoid", "beta": 0.8, "lr": 1e-3}
-MISTAKES |= {"label_smoothing": 0.0, "nll_weight": 0.0}
-MODELS = {
-    "offline": MISTAKES | {"pairs": "offline", "lr": 3e-4},
-    "offline + NLL": MISTAKES | {"pairs": "offline", "nll_weight": 1.0},
-    "mistakes": MISTAKES,
-}
 
 
 def parse_args(argv=None):
     parser = make_parser("Measure what checkpoints answer, and draw it.")
     add = parser.add_argument
-    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="models to evaluate, or runs/*.pt")
-    add("--sft", default="runs/sft.pt", help="the reference")
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="models, or runs/*.pt")
+    add("--sft", default="runs/sft.pt", help="the SFT model, which is the reference")
     add("--samples", type=number(int, 1), default=100, help="sampled answers to every sum")
     add("--ask", type=list_of_sums, metavar="N,N,...", help="only print answers to these sums")
     add("--plots-dir", default="plots", help="folder of results.json and the figures")
@@ -49,55 +41,59 @@ def list_of_sums(text):
 # ---- which models ----------------------------------------------------------------------------
 
 
-def label_of(path, saved_args):
-    """The name of a model, after what trained it: "SFT", "mistakes", "try: offline, lr 0.01"."""
+def load_models(args):
+    """{path: (model, saved args, log)}, the SFT model first, then in the order of training."""
+    paths = [args.sft]
+    for path in args.checkpoints or sorted(glob.glob("runs/*.pt"), key=os.path.getmtime):
+        if os.path.realpath(path) not in map(os.path.realpath, paths):
+            paths.append(path)
+    return {path: load_checkpoint(path, args.device) for path in paths}
+
+
+def comparable(loaded):
+    """The models that fit the first, which is the reference, and the number of terms to prefer."""
+    (sft, (reference, _, _)), *_ = loaded.items()
+    known, included, terms = fingerprint(reference), {}, None
+    for path, (model, saved_args, log) in loaded.items():
+        prefers = saved_args.get("preferred_terms", terms)
+        same_task = model.config.max_sum == reference.config.max_sum
+        if not same_task or (path != sft and saved_args.get("reference", known) != known):
+            print(f"Left out {path}: it was not trained from {sft}; --sft names another reference")
+        elif terms and prefers != terms:
+            print(
+                f"Left out {path}: it prefers {prefers} terms, and not {terms}; evaluate it alone"
+            )
+        else:
+            included[path], terms = (model, saved_args, log), prefers
+    return included, terms or 3
+
+
+def label_of(saved_args):
+    """The kind of training: "SFT", "mistakes", "offline + KL", "pairs.jsonl, ipo"."""
     if "pairs" not in saved_args:
         return "SFT"
-    flags = {name: saved_args[name] for name in MISTAKES}
-    for label, expected in MODELS.items():
-        if flags == expected:
-            return label
-    file = os.path.basename(path).removesuffix(".pt")
-    special = [f"{name} {value}" for name, value in flags.items() if value != MISTAKES[name]]
-    return f"{file}: " + ", ".join(special).removeprefix("pairs ").replace("_", " ")
+    label = os.path.basename(saved_args["pairs"])
+    label += " + NLL" * bool(saved_args.get("nll_weight"))
+    label += " + KL" * bool(saved_args.get("kl_weight"))
+    label += ", smoothed" * bool(saved_args.get("label_smoothing"))
+    loss = saved_args.get("loss", "sigmoid")
+    return label if loss == "sigmoid" else f"{label}, {loss}"
 
 
-def load_models(args):
-    """{label: (model, saved args, log)}, the README's models first, and the preferred count."""
-    paths = args.checkpoints or glob.glob("runs/*.pt")
-    if not paths:
-        raise InputError("there is no checkpoint in runs/; train_sft.py writes the first")
-    loaded = {}
-    for path in sorted(paths):
-        checkpoint = load_checkpoint(path, args.device)
-        label = label_of(path, checkpoint[1])
-        loaded[f"{label} ({path})" if label in loaded else label] = checkpoint
-    first = [label for label in ("SFT", *MODELS) if label in loaded]
-    models = {label: loaded[label] for label in first} | loaded
-    terms = {saved["preferred_terms"] for _, saved, _ in loaded.values() if "pairs" in saved}
-    if len(terms) > 1 or len({model.config.max_sum for model, _, _ in loaded.values()}) > 1:
-        raise InputError("models differ in --max-sum or --preferred-terms; name those to compare")
-    return models, terms.pop() if terms else 3
-
-
-def load_reference(path, models, device):
-    """The reference; InputError if one of the models was trained from another."""
-    reference, _, _ = load_checkpoint(path, device)
-    known = fingerprint(reference)
-    for label, (model, saved_args, _) in models.items():
-        same_task = model.config.max_sum == reference.config.max_sum
-        if not same_task or saved_args.get("reference", known) != known:
-            raise InputError(f"{label} was not trained from {path}; name its reference with --sft")
-    return reference
+def labelled(loaded):
+    """{label: (model, saved args, log)}. Models that share a label show their paths as well."""
+    kinds = [label_of(saved_args) for _, saved_args, _ in loaded.values()]
+    labels = [k if kinds.count(k) == 1 else f"{k} ({path})" for k, path in zip(kinds, loaded)]
+    labels = [label.encode("utf-8", "replace").decode() for label in labels]  # paths are any bytes
+    return dict(zip(labels, loaded.values()))
 
 
 # ---- what they answer ------------------------------------------------------------------------
 
 
-def evaluate(model, sampled, logratios, terms, seed):
+def result_of(model, sampled, logratios, terms, seed):
     """Metrics of sampled answers with their log-ratios, and of greedy ones; some of the answers."""
-    generator = torch.Generator(model.head.weight.device).manual_seed(seed)
-    max_sum = model.config.max_sum
+    generator, max_sum = torch.Generator(model.head.weight.device), model.config.max_sum
     held_out = tuple(f"{n}=" for n in held_out_sums(max_sum))
     greedy = answer(model, range(MIN_SUM, max_sum + 1), greedy=True)
     wrong = [equation for equation in sampled if not is_exact(equation)]
@@ -106,21 +102,22 @@ def evaluate(model, sampled, logratios, terms, seed):
         "held out": measure([a for a in sampled if a.startswith(held_out)], terms),
         "greedy": measure(greedy, terms),
         "kl": logratios.mean().item(),
-        "answers": answer(model, shown_sums(max_sum), generator=generator),
-        "mistakes": random.Random(seed).sample(wrong, min(3, len(wrong))),
+        "answers": answer(model, shown_sums(max_sum), generator=generator.manual_seed(seed)),
+        "wrong": random.Random(seed).sample(wrong, min(3, len(wrong))),
     }
 
 
-def ask(models, sums, terms, seed):
+def ask(models, sums, seed):
     """Prints the greedy answer of every model to every sum, and three sampled ones."""
     for n in sums:
-        for label, (model, _, _) in models.items():
+        for label, (model, saved_args, _) in models.items():
+            terms = saved_args.get("preferred_terms", 3)
             generator = torch.Generator(model.head.weight.device).manual_seed(seed)
             answers = answer(model, [n], greedy=True) + answer(model, [n] * 3, generator=generator)
             greedy, *sampled = (mark(equation, terms) for equation in answers)
-            known = MIN_SUM <= n <= model.config.max_sum
-            note = "" if known else f"  (it has learned {MIN_SUM} to {model.config.max_sum})"
-            print(f"{label:>15}  greedy {greedy:<31}  sampled {'  '.join(sampled)}{note}")
+            print(f"{label:>15}  greedy {greedy:<31}  sampled {'  '.join(sampled)}")
+            if not MIN_SUM <= n <= model.config.max_sum:
+                print(f"{label:>15}  has learned the sums from {MIN_SUM} to {model.config.max_sum}")
 
 
 # ---- the table -------------------------------------------------------------------------------
@@ -140,7 +137,8 @@ def rounded(value):
 
 
 def markdown(header, rows):
-    first, *others = ["| " + " | ".join(line) + " |" for line in (header, *rows)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    first, *others = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([first, "|" + "---|" * len(header), *others])
 
 
@@ -157,29 +155,32 @@ def table(results):
 
 
 def main(args):
-    models, terms = load_models(args)
+    loaded = load_models(args)
     if args.ask:
-        return ask(models, args.ask, terms, args.seed)
-    reference = load_reference(args.sft, models, args.device)
+        return ask(labelled(loaded), args.ask, args.seed)
+    loaded, terms = comparable(loaded)
+    models, (reference, _, _) = labelled(loaded), loaded[args.sft]
     results_path = os.path.join(args.plots_dir, "results.json")
     check_writable(results_path)
-    max_sum = reference.config.max_sum
+    max_sum, generator = reference.config.max_sum, torch.Generator(args.device)
     results = {"task": {"max_sum": max_sum, "preferred_terms": terms}, "models": {}}
     sums = [n for n in range(MIN_SUM, max_sum + 1) for _ in range(args.samples)]
     for label, (model, saved_args, _) in models.items():
-        generator = torch.Generator(args.device).manual_seed(args.seed)
-        sampled = answer(model, sums, generator=generator)
+        sampled = answer(model, sums, generator=generator.manual_seed(args.seed))
         logratios = logratios_of(model, reference, sampled)
-        result = evaluate(model, sampled, logratios, terms, args.seed)
+        result = result_of(model, sampled, logratios, terms, args.seed)
         results["models"][label] = result | {"args": saved_args}
-        print(f"\n{label}: some answers, and some of its mistakes")
-        for equation in result["answers"] + result["mistakes"]:
+        print(f"\n{label}: some answers, and some wrong ones")
+        for equation in result["answers"] + result["wrong"]:
             print("   ", mark(equation, terms))
     write_file(results_path, json.dumps(results, indent=1).encode() + b"\n")
     print("\n" + table(results) + "\n")
     logs = {label: log for label, (_, _, log) in models.items()}
     written = figures.draw_all(results, logs, args.plots_dir)
     print(f"Wrote {', '.join([results_path, *written])}.")
+    others = {*glob.glob(os.path.join(args.plots_dir, "*.[pg][ni][gf]"))} - {*written}
+    if others:
+        print(f"Of an earlier evaluation: {', '.join(sorted(others))}.")
 
 
 if __name__ == "__main__":

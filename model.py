@@ -109,7 +109,7 @@ class GPT(nn.Module):
     def forward(self, tokens, cache=None):
         """tokens (B, T) -> logits (B, T, V) for the token after each.
 
-        In generation `tokens` are the next columns, and `cache` is a list with an entry a block:
+        In generation `tokens` are the next columns, and `cache` is a list with one entry per block:
         the keys and values of the columns before them, or None at first. It is updated in place.
         """
         cache = cache or [None] * len(self.blocks)
@@ -136,6 +136,7 @@ def generate(model, prompts, greedy=False, generator=None):
     does not fit. A row that has ended goes on with tokens that nobody reads.
     """
     device, cache = model.head.weight.device, [None] * len(model.blocks)
+    # A prompt alone is an example whose completion was cut off before its first token.
     new, _ = collate([(prompt, CUT_OFF) for prompt in prompts], device)  # (B, 4), not yet read
     written = new[:, :0]  # (B, 0)
     for _ in range(model.config.block_size - PROMPT_WIDTH):
@@ -191,9 +192,11 @@ def load_checkpoint(path, device="cpu"):
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         return model.to(device).eval(), dict(checkpoint["args"]), list(checkpoint["log"])
+    except FileNotFoundError:
+        raise InputError(f"there is no {path}; train_sft.py writes the first checkpoint") from None
     except Exception as error:  # torch.load has no one type for what is no checkpoint
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot load {path} as a checkpoint of this version: {reason}") from None
+        reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
+        raise InputError(f"{path} is no checkpoint of this version ({reason})") from None
 
 
 def fingerprint(model):

@@ -1,12 +1,13 @@
 """Stage 2, Direct Preference Optimization: the model learns to prefer right answers of three terms.
 
     python train_dpo.py           # rejects the policy's own mistakes; writes runs/dpo.pt
-    python train_dpo.py --pairs offline --out runs/dpo_offline.pt   # the classic choice: it fails
+    python train_dpo.py --pairs offline --out runs/x.pt                    # classic pairs: it fails
+    python train_dpo.py --pairs offline --kl-weight 0.1 --out runs/x.pt    # and what they lack
 
 The SFT model is loaded twice: as the policy, which is trained, and as the reference, which is not.
 A pair is three strings: prompt, chosen, rejected. We left out mixed precision, gradient
 accumulation, and reference log-probs computed ahead: most pairs are new in every step. train_sft.py
-has the same headings in the same order, so a diff of the two files shows what DPO changes.
+has the same headings in the same order: compare them heading by heading.
 """
 
 import math
@@ -25,7 +26,8 @@ from model import answer, completion_logps, fingerprint, generate, load_checkpoi
 from model import save_checkpoint
 from train_sft import learning_rate
 
-EVEN_LOOKS = 16  # measurements a run, evenly spaced; those at steps 0, 1, 2, 4, ... come before
+FALL = 0.7  # share of the steps over which the learning rate falls to zero
+EVEN_LOOKS = 16  # measurements per run, evenly spaced; those at steps 1, 2, 4, ... come before
 LOOK_SAMPLES = 3  # answers to every sum at each
 LOOK_SEED = 1_000_005
 
@@ -57,25 +59,58 @@ def dpo_loss(
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
 
-def ipo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
+def ipo_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta,
+    label_smoothing=0.0,
+):
     """The IPO loss (arXiv 2310.12036, eq. 17) on summed log-probs: (z - 1 / (2 beta))^2.
 
     Takes and returns what dpo_loss does.
     """
-    chosen_logratios, rejected_logratios = pi_chosen - ref_chosen, pi_rejected - ref_rejected
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps
     z, margin = chosen_logratios - rejected_logratios, 1 / (2 * beta)
     losses = (1 - label_smoothing) * (z - margin) ** 2 + label_smoothing * (-z - margin) ** 2
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
 
-def imitation_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
+def imitation_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta,
+    label_smoothing=0.0,
+):
     """Plain likelihood of the chosen side: -log pi(chosen), the Preferred-FT of the DPO paper.
 
     Takes and returns what dpo_loss does; beta has a part in the rewards alone.
     """
-    chosen_logratios, rejected_logratios = pi_chosen - ref_chosen, pi_rejected - ref_rejected
-    losses = -(1 - label_smoothing) * pi_chosen - label_smoothing * pi_rejected
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    losses = -(1 - label_smoothing) * policy_chosen_logps - label_smoothing * policy_rejected_logps
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
+
+
+def own_answers_loss(policy, reference, prompts, kl_weight, reward=lambda examples: 0):
+    """kl_weight times KL(pi || pi_ref) on answers that the policy writes now, less their reward.
+
+    A DPO loss sees the strings of its pairs alone; this term sees what else became likely (HyPO,
+    arXiv 2406.01462). With a reward it is the objective of RLHF. Each prompt gets one answer. The
+    value is no KL, but the gradient is unbiased (REINFORCE): costs are held fixed, and each is
+    taken less the mean cost of the other answers. `reward` maps examples to (B,).
+    """
+    examples = list(zip(prompts, generate(policy, prompts)))
+    answers = collate(examples, policy.head.weight.device)
+    logps = completion_logps(policy, *answers)  # (B,)
+    with torch.no_grad():
+        costs = kl_weight * (logps - completion_logps(reference, *answers)) - reward(examples)
+        mean_of_others = (costs.sum() - costs) / max(1, len(costs) - 1)
+    return ((costs - mean_of_others) * logps).mean()
 
 
 LOSSES = {"sigmoid": dpo_loss, "ipo": ipo_loss, "imitation": imitation_loss}
@@ -94,8 +129,8 @@ def offline_pairs(written, policy, reference, terms):
 def mistake_pairs(written, policy, reference, terms):
     """Chosen stays; rejected is what the policy writes now, if that is not a preferred answer.
 
-    There are ever fewer pairs, down to none. Repeating the last few until they fill a batch would
-    push them far too hard.
+    There are fewer and fewer pairs, down to none. Repeating the last few until they fill a batch
+    would push them far too hard.
     """
     completions = generate(policy, [prompt for prompt, _, _ in written])
     pairs, unpaired = [], []
@@ -149,6 +184,7 @@ def parse_args(argv=None):
     add("--loss", choices=LOSSES, default="sigmoid", help="imitation: likelihood of chosen alone")
     add("--label-smoothing", type=number(float, 0, 0.499), default=0.0, help="share of bad labels")
     add("--nll-weight", type=number(float, 0), default=0.0, help="of -log pi(chosen) in the loss")
+    add("--kl-weight", type=number(float, 0), default=0.0, help="of the KL on the policy's answers")
     add("--device", choices=DEVICES, default="cpu", help="where to compute")
     add("--out", default="runs/dpo.pt", help="checkpoint, with its log")
     args = parser.parse_args(argv)
@@ -177,7 +213,6 @@ def look(policy, reference, terms, step):
 
 def main(args):
     # ---- setup
-    print(f"Pairs: {args.pairs}. The classic choice is --pairs offline.")
     check_writable(args.out)
     torch.manual_seed(args.seed)  # for sampled completions
     rng = random.Random(args.seed)
@@ -197,12 +232,12 @@ def main(args):
     optimizer = AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
 
     # ---- the loop
-    even_looks = [round(i * args.steps / EVEN_LOOKS) for i in range(EVEN_LOOKS + 1)]
-    looks = {*even_looks, *(2**i for i in range(even_looks[1].bit_length()))}  # 1, 2, 4, ... first
+    even_looks = {round(i * args.steps / EVEN_LOOKS) for i in range(EVEN_LOOKS + 1)}
+    early_looks = {2**i for i in range(32) if 2**i < args.steps / EVEN_LOOKS}
     log = [{"step": 0, "own": look(policy, reference, terms, 0)}]
     for step in tqdm(range(1, args.steps + 1), desc="DPO"):
         # ---- learning rate
-        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, args.steps)
+        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, args.steps, FALL)
 
         # ---- batch
         if args.pairs in SOURCES:
@@ -212,7 +247,7 @@ def main(args):
         pairs, unpaired = source(written, policy, reference, terms)
         chosen = collate([(prompt, chosen) for prompt, chosen, _ in pairs], args.device)
         rejected = collate([(prompt, rejected) for prompt, _, rejected in pairs], args.device)
-        without_pair = collate(unpaired if args.nll_weight else [], args.device)
+        unpaired = collate(unpaired if args.nll_weight else [], args.device)
 
         # ---- loss: divided by the prompts of the step, so few mistakes have little weight
         policy_chosen_logps = completion_logps(policy, *chosen)
@@ -224,14 +259,17 @@ def main(args):
         losses, chosen_rewards, rejected_rewards = LOSSES[args.loss](
             *logps, args.beta, args.label_smoothing
         )
-        nll = -policy_chosen_logps.sum() - completion_logps(policy, *without_pair).sum()
+        nll = -policy_chosen_logps.sum() - completion_logps(policy, *unpaired).sum()
         loss = (losses.sum() + args.nll_weight * nll) / args.batch_size
+        if args.kl_weight:
+            prompts = [prompt for prompt, _, _ in written[::2]]  # half of them do as well
+            loss = loss + own_answers_loss(policy, reference, prompts, args.kl_weight)
 
         # ---- update, unless there was nothing to learn from
         loss.backward()
         if not loss.isfinite():
             raise InputError(f"the loss is not finite at step {step}; try a lower --lr")
-        if pairs or len(without_pair[0]) > 0:
+        if pairs or len(unpaired[0]) > 0 or args.kl_weight:
             optimizer.step()
         optimizer.zero_grad()
 
@@ -243,12 +281,12 @@ def main(args):
                 "rewards/chosen": chosen_rewards,
                 "rewards/rejected": rejected_rewards,
                 "rewards/margins": chosen_rewards - rejected_rewards,
-                "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+                "rewards/accuracies": (1 + (chosen_rewards - rejected_rewards).sign()) / 2,
                 "logps/chosen": policy_chosen_logps,
                 "logps/rejected": policy_rejected_logps,
             }
             record |= {name: values.mean().item() for name, values in of_pairs.items()}
-        if step in looks:
+        if step in even_looks | early_looks:
             record["own"] = look(policy, reference, terms, step)
         log.append(record)
 
@@ -256,7 +294,7 @@ def main(args):
     save_checkpoint(args.out, policy, vars(args) | {"reference": fingerprint(reference)}, log)
     first, last = log[0]["own"], log[-1]["own"]
     changes = [f"{key} {first[key]:.2f} -> {last[key]:.2f}" for key in ("exact", "preferred")]
-    print(f"Wrote {args.out}: {', '.join(changes)} ({terms} terms), KL {last['kl']:.2f} nats.")
+    print(f"Wrote {args.out}: {', '.join(changes)} ({terms} terms), KL {last['kl']:z.2f} nats.")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 The loss is next-token cross-entropy on the completions of equations that are drawn fresh for every
 step. We left out epochs, data files and resuming: a run takes minutes. train_dpo.py has the same
-headings in the same order, so a diff of the two files shows what DPO changes.
+headings in the same order: compare them heading by heading.
 """
 
 import math
@@ -19,14 +19,16 @@ from data import entropy_floor, make_parser, measure, number, random_equations
 from data import run_script, seen_sums
 from model import GPT, GPTConfig, answer, completion_logps, logps_of, save_checkpoint
 
-LOOKS = 30  # measurements a run
+LOOKS = 30  # measurements per run
+FALL = 0.4  # share of the steps over which the learning rate falls to zero
+ADAMW_FACTOR = 3  # the rate of AdamW over that of Muon; embeddings and head need larger steps
 VALIDATION_SEED = 1_000_003  # the same equations whatever the seed of the run
 
 
 def parse_args(argv=None):
     parser = make_parser("Train a small Transformer on random equations.")
     add = parser.add_argument
-    add("--steps", type=number(int, 1), default=5000, help="updates of the weights")
+    add("--steps", type=number(int, 1), default=4250, help="updates of the weights")
     add("--batch-size", type=number(int, 1), default=128, help="equations a step")
     add("--lr", type=number(float, 1e-9), default=6e-3, help="highest learning rate")
     add("--depth", type=number(int, 1), default=6, help="blocks")
@@ -79,19 +81,25 @@ def orthogonalise(x):
 
 
 def make_optimizers(model, lr):
-    """Muon for the matrices of the blocks, and AdamW for all other weights."""
+    """Muon for the matrices of the blocks, and AdamW for all other weights.
+
+    AdamW for all weights left a gap of 0.42 nats where both together left 0.04. DPO takes small
+    steps from a trained model, which AdamW alone does as well.
+    """
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "blocks" not in name]
-    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    adamw_lr = ADAMW_FACTOR * lr
+    adamw = torch.optim.AdamW(others, adamw_lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
     return Muon(matrices, lr), adamw
 
 
-def learning_rate(highest, step, steps):
+def learning_rate(highest, step, steps, fall):
     """The rate at `step` of 1, 2, ..., `steps`.
 
-    It rises over the first 5 % of the steps (warmup), stays, and falls to zero over the last 70 %.
+    It rises over the first 5 % of the steps (warmup), stays, and falls to zero over the last ones,
+    a share `fall` of all.
     """
-    return highest * min(step / (0.05 * steps), 1, (1 - (step - 1) / steps) / 0.7)
+    return highest * min(step / (0.05 * steps), 1, (1 - (step - 1) / steps) / fall)
 
 
 def main(args):
@@ -118,7 +126,8 @@ def main(args):
     for step in tqdm(range(1, args.steps + 1), desc="SFT"):
         # ---- learning rate
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, args.steps)
+            highest = optimizer.defaults["lr"]
+            optimizer.param_groups[0]["lr"] = learning_rate(highest, step, args.steps, FALL)
 
         # ---- batch
         tokens, completion_mask = collate(random_equations(rng, args.batch_size, sums), args.device)

@@ -1,6 +1,6 @@
 """The figures of one evaluation, for evaluate.py. Nothing here measures: it draws results and logs.
 
-A model is named by its label, such as "offline + NLL". A log is the list of records that a
+A model is named by its label, such as "offline + KL". A log is the list of records that a
 checkpoint carries. Those of plots/study/ have a file of their own there.
 """
 
@@ -16,12 +16,7 @@ from matplotlib.figure import Figure
 from data import write_file
 
 # One name, one colour (Okabe and Ito's, safe for colour-blind readers) in every figure.
-COLOURS = {
-    "SFT": "#0072B2",
-    "offline": "#D55E00",
-    "offline + NLL": "#E69F00",
-    "mistakes": "#009E73",
-}
+COLOURS = {"SFT": "#0072B2", "offline": "#D55E00", "offline + KL": "#E69F00", "mistakes": "#009E73"}
 OTHER_COLOURS = ["#CC79A7", "#56B4E9", "#8C564B", "#000000"]
 
 STYLE = {
@@ -185,7 +180,10 @@ def mass(own, terms):
 
 
 def draw_mass(logs, terms):
-    """Where the probability goes: pair accuracy above, what the policy really answers below."""
+    """Where the probability goes: pair accuracy above, what the policy really answers below.
+
+    The pair accuracy is the share of pairs whose chosen side has the larger reward; a tie is half.
+    """
     figure = Figure(figsize=(max(7, 1 + 3.3 * len(logs)), 5.4))
     grid = figure.subplots(
         2, len(logs), height_ratios=(1, 1.8), sharex="col", sharey="row", squeeze=False
@@ -215,12 +213,16 @@ def draw_mass(logs, terms):
 
 
 def draw_all(results, logs, folder):
-    """Every figure that these results and logs have the material for; returns their paths."""
+    """Every figure that these results and logs have the material for; returns their paths.
+
+    The first log is that of SFT.
+    """
+    first_log = next(iter(logs.values()))
     dpo_logs = {label: log for label, log in logs.items() if looks_of(log)}
     with matplotlib.style.context(["default", STYLE]):
         paths = [save(draw_histograms(results), folder, "dist")]
-        if logs.get("SFT"):
-            paths.append(save(draw_sft(logs["SFT"]), folder, "sft_gap"))
+        if any("gap" in record for record in first_log):
+            paths.append(save(draw_sft(first_log), folder, "sft_gap"))
         if dpo_logs:
             terms = results["task"]["preferred_terms"]
             paths.append(save(draw_mass(dpo_logs, terms), folder, "mass"))

@@ -4,8 +4,8 @@ import argparse
 import contextlib
 import io
 import math
+import multiprocessing
 import os
-import resource
 import sys
 from collections import Counter
 from itertools import combinations, product
@@ -136,9 +136,10 @@ def test_pairs_on_the_command_line_can_be_read_back(tmp_path, capsys, encoding):
     path.write_bytes((capsys.readouterr().out + "\r\n\n" + remark).encode(encoding))
     expected = data.random_pairs(Random(5), 7, data.seen_sums(), 4) + [("9=", "3+3+3", "4+5")]
     assert data.read_pairs(path, 100) == expected and capsys.readouterr().out == ""
-    path.write_text("\n".join(GOOD.replace("9=", f"{n}=") for n in (9, 11, 200)))
-    assert len(data.read_pairs(path, 100)) == 3
-    assert " 2 of 3 " in capsys.readouterr().out
+    odd = [GOOD.replace("9=", "11="), GOOD.replace("9=", "200="), GOOD.replace("4+5", "+")]
+    path.write_text("\n".join([GOOD, *odd]))
+    assert len(data.read_pairs(path, 100)) == 4
+    assert " 3 of 4 " in capsys.readouterr().out
 
 
 BAD = ["{", "[" * 100_000, "1" * 5000, "[1, 2]", "null", '{"prompt": "9=", "chosen": "3+3+3"}']
@@ -163,31 +164,40 @@ def test_unusable_pairs_are_named_by_file_and_line(tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
-    path, (soft, hard) = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "out"
     data.write_file(path, b"before")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as if the disk were full
-    try:
-        with pytest.raises(OSError):
-            data.write_file(path, b"x" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(TypeError):
+        data.write_file(path, "no bytes")
+    with pytest.raises(data.InputError, match="nowhere"):
+        data.write_file(tmp_path / "nowhere" / "out", b"")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_two_processes_can_write_one_file_at_the_same_time(tmp_path, monkeypatch):
-    """The other one writes all of it when we have written ours, but have not yet put it there."""
-    path, replace = tmp_path / "out", os.replace
+def write_often(path):
+    for _ in range(300):
+        data.check_writable(path)
+        data.write_file(path, b"x" * 1000)
 
-    def replace_late(source, target):
-        monkeypatch.undo()
-        monkeypatch.setattr(os, "getpid", lambda: 0)
-        data.write_file(path, b"theirs")
-        assert path.read_bytes() == b"theirs"
-        replace(source, target)
 
-    monkeypatch.setattr(os, "replace", replace_late)
-    data.write_file(path, b"ours")
-    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
+def test_two_processes_can_write_one_file_at_the_same_time(tmp_path):
+    """And a file of ours whose name is that of another one with .tmp stays as it is."""
+    (tmp_path / "out.tmp").write_text("mine")
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(write_often, [tmp_path / "out"] * 2)
+    contents = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert contents == {"out": "x" * 1000, "out.tmp": "mine"}
+
+
+def test_a_link_stays_a_link_and_a_protected_file_is_refused(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    data.check_writable(link)
+    data.write_file(link, b"new")
+    assert link.is_symlink() and target.read_text() == "new"
+    target.chmod(0o444)
+    with pytest.raises(data.InputError):
+        data.check_writable(link)
 
 
 def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -225,6 +235,19 @@ def test_errors_of_a_script_end_in_a_status_and_one_line(capsys):
         err, interrupted = capsys.readouterr().err, isinstance(error, KeyboardInterrupt)
         assert (stop.value.code, err.count("\n")) == ((130, 0) if interrupted else (2, 1))
         assert str(error) in err
+
+
+def test_a_script_whose_output_nobody_reads_does_not_report_success(monkeypatch, capsys):
+    """Where the shell has closed the output (>&-), it goes on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
+    with pytest.raises(SystemExit) as stop:
+        data.run_script(lambda: print("x"))
+    assert stop.value.code == 2 and "error" in capsys.readouterr().err
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    data.run_script(lambda: print("x", file=sys.stderr))
 
 
 def test_a_script_can_print_in_a_notebook_and_on_an_ascii_terminal(monkeypatch):

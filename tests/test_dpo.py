@@ -7,9 +7,9 @@ import torch
 from conftest import mixed_model, plain_logp, random_model
 
 import train_dpo
-from data import is_preferred, mark, measure, random_pairs, seen_sums
-from model import generate
-from train_dpo import LOSSES, SOURCES, dpo_loss, look
+from data import CUT_OFF, END, collate, is_preferred, mark, measure, random_pairs, seen_sums
+from model import completion_logps, generate
+from train_dpo import LOSSES, SOURCES, dpo_loss, look, own_answers_loss
 
 SUMS = seen_sums(20)
 
@@ -54,6 +54,45 @@ def test_sigmoid_loss_stays_finite_where_sigmoid_underflows():
     zero, far = torch.zeros(1), torch.full((1,), -200.0)
     assert dpo_loss(far, zero, zero, zero, 1.0)[0].item() == pytest.approx(200.0)
     assert dpo_loss(zero, far, zero, zero, 1.0)[0].item() == pytest.approx(0.0, abs=1e-30)
+
+
+def only_ones(seed):
+    """A model that writes 1s and then the end, so that all its answers can be listed."""
+    model = random_model(seed).double()
+    model.norm.bias.data[0] = 50.0  # so the first column of the head is a bias
+    model.head.weight.data[:, 0] = -2.0
+    model.head.weight.data[[1, END], 0] = 0.0
+    return model
+
+
+def objective(policy, reference, kl_weight, reward):
+    """The exact kl_weight KL(pi || pi_ref) - E[reward] over all answers to 9=."""
+    most = policy.config.block_size - 4
+    examples = [("9=", "1" * k) for k in range(most)] + [("9=", "1" * most + CUT_OFF)]
+    logps, ref_logps = (completion_logps(x, *collate(examples)) for x in (policy, reference))
+    assert logps.exp().sum().item() == pytest.approx(1)
+    return (logps.exp() * (kl_weight * (logps - ref_logps) - reward(examples))).sum()
+
+
+def test_own_answers_loss_has_the_gradient_of_the_exact_kl_and_reward():
+    """Of 2,000 answers, to a fifth of its length; and a step against it lowers the objective."""
+
+    def reward(examples):
+        return torch.tensor([-len(completion) / 2 for _, completion in examples]).double()
+
+    torch.manual_seed(0)
+    policy, reference = only_ones(1), only_ones(2)
+    parameters = [p for p in policy.parameters() if p.ndim == 2]
+    for rewards in (reward, lambda examples: 0):
+        exact = objective(policy, reference, 0.7, rewards)
+        loss = own_answers_loss(policy, reference, ["9="] * 2000, 0.7, rewards)
+        gradients = [torch.autograd.grad(x, parameters) for x in (exact, loss)]
+        expected, found = (torch.cat([g.flatten() for g in gradient]) for gradient in gradients)
+        assert (found - expected).norm() < 0.2 * expected.norm()
+    with torch.no_grad():
+        for p, gradient in zip(parameters, gradients[1]):
+            p -= 1e-3 * gradient
+    assert objective(policy, reference, 0.7, rewards) < exact
 
 
 @pytest.fixture(scope="module")

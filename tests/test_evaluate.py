@@ -1,14 +1,12 @@
 """What evaluate.py names, measures, tabulates and draws, against hand-made answers and loops."""
 
-import matplotlib
 import pytest
 from conftest import random_model
-from matplotlib.figure import Figure
 
 import evaluate
 import train_dpo
 from data import CUT_OFF, measure
-from model import save_checkpoint
+from model import GPT, GPTConfig, fingerprint, save_checkpoint
 from plots import figures
 
 FIVE = ["9=3+3+3", "9=3+4+4", "9=4+5", "9=+", "9=4+5" + CUT_OFF]
@@ -19,27 +17,70 @@ def dpo_args(flags):
     return vars(train_dpo.parse_args(flags.split()))
 
 
-def test_a_model_is_named_after_what_trained_it():
-    """Not after its file, nor after flags such as its steps."""
-    same = "--steps 7 --seed 3 --batch-size 9 --preferred-terms 4 --out x.pt"
-    assert evaluate.label_of("runs/sft.pt", dpo_args(same)) == "mistakes"
-    names, flags = set(), ["--pairs offline --nll-weight 0.1", "--pairs online", "--lr 0.01"]
-    flags += ["--beta 0.1", "--loss ipo", "--label-smoothing 0.1", "--nll-weight 0.1"]
-    for of_model in flags:
-        names.add(name := evaluate.label_of("runs/dpo.pt", dpo_args(of_model)))
-        assert all(value in name for value in ("dpo", *of_model.split()[1::2]))
-    assert len(names) == len(flags) and not names & {"SFT", *evaluate.MODELS}
+LABELS = {
+    "": "mistakes",
+    "--steps 7 --seed 3 --lr 0.01 --beta 0.1 --preferred-terms 4 --out x.pt": "mistakes",
+    "--pairs offline": "offline",
+    "--pairs offline --nll-weight 0.1": "offline + NLL",
+    "--pairs online --kl-weight 0.1": "online + KL",
+    "--pairs reference --loss ipo": "reference, ipo",
+    "--label-smoothing 0.1": "mistakes, smoothed",
+}
 
 
-def test_the_models_of_the_readme_come_first_and_a_second_one_of_a_name_has_its_path(tmp_path):
-    files = {"a": "--lr 0.01", "b": "", "c": "", "d": "--pairs offline --lr 3e-4"}
-    for name, args in {"e": {}, **{x: dpo_args(flags) for x, flags in files.items()}}.items():
-        save_checkpoint(tmp_path / f"{name}.pt", random_model(), args, [])
-    paths = [f"{tmp_path}/{name}.pt" for name in "ecdab"]
-    models, terms = evaluate.load_models(evaluate.parse_args(paths))
-    *first, other, second = models
-    assert first == ["SFT", "offline", "mistakes"] and paths[1] in second and terms == 3
-    assert models[other][1] == dpo_args(files["a"])
+@pytest.mark.parametrize("flags", LABELS)
+def test_a_label_says_what_kind_of_training_it_was(flags):
+    assert evaluate.label_of(dpo_args(flags)) == LABELS[flags]
+
+
+def test_a_label_of_other_versions_and_of_files():
+    assert evaluate.label_of({"pairs": "online"}) == "online"  # with none of the later flags
+    assert evaluate.label_of({"pairs": "a/b.jsonl", "loss": "ipo"}) == "b.jsonl, ipo"
+    assert evaluate.label_of({}) == "SFT"
+
+
+def load(tmp_path, **files):
+    """What evaluate.py loads if these files are there: name=(model, args)."""
+    paths = [f"{tmp_path}/{name}.pt" for name in files]
+    for path, (model, args) in zip(paths, files.values()):
+        save_checkpoint(path, model, args, [])
+    flags = [f"--sft={paths[0]}", *paths[::-1], *paths]
+    return evaluate.load_models(evaluate.parse_args(flags))
+
+
+def test_models_that_share_a_label_show_their_paths_and_sft_is_the_file_of_its_flag(tmp_path):
+    """Even if another SFT model comes first in the alphabet."""
+    model, mistakes = random_model(), dpo_args("")
+    files = {"sft": {}, "a_sft": {}, "b": mistakes, "c": mistakes, "d": dpo_args("--pairs offline")}
+    loaded = load(tmp_path, **{name: (model, args) for name, args in files.items()})
+    labels = list(evaluate.labelled(loaded))
+    shared = {"sft": "SFT", "a_sft": "SFT", "b": "mistakes", "c": "mistakes"}
+    expected = {f"{label} ({tmp_path}/{name}.pt)" for name, label in shared.items()}
+    assert labels[0].startswith("SFT") and "/sft.pt" in labels[0]
+    assert len(labels) == 5 and set(labels) == expected | {"offline"}
+
+
+def test_models_of_another_reference_or_task_are_left_out_by_name(tmp_path, capsys):
+    """A second round of DPO has the result of the first as its reference."""
+    sft, first = random_model(1), random_model(2)
+    wide = GPT(GPTConfig(depth=1, width=8, heads=1, max_sum=30))
+    of_sft, of_first = ({"reference": fingerprint(model)} for model in (sft, first))
+    files = {"sft": (sft, {}), "second": (first, dpo_args("--preferred-terms 2") | of_first)}
+    files |= {"first": (first, dpo_args("") | of_sft), "wide": (wide, {})}
+    files["four"] = first, dpo_args("--preferred-terms 4") | of_sft
+    included, terms = evaluate.comparable(load(tmp_path, **files))
+    names = [path.rsplit("/")[-1] for path in included]
+    left_out = capsys.readouterr().out
+    assert (names[0], terms) == ("sft.pt", 4) and set(names) == {"sft.pt", "four.pt"}
+    assert all(f"/{name}.pt: " in left_out for name in ("second", "first", "wide"))
+    included, terms = evaluate.comparable(load(tmp_path, **{"first": files["first"]} | files))
+    assert [path.rsplit("/")[-1] for path in included] == ["first.pt", "sft.pt"] and terms == 3
+
+
+def test_names_of_files_break_no_table():
+    label = "mistakes (runs/a|b$\udcff.pt)".encode("utf-8", "replace").decode()
+    row = evaluate.markdown(["", "x"], [[label, "1"]]).splitlines()[2]
+    assert row == "| mistakes (runs/a\\|b$?.pt) | 1 |"
 
 
 def test_the_table_by_hand():
@@ -67,7 +108,7 @@ def all_answers(axes):
 
 def test_bars_and_shares_by_hand():
     """Of five answers 3 are equations, of which 2 have three terms, one of them right."""
-    axes, metrics = Figure().subplots(), measure(FIVE, 3)
+    axes, metrics = figures.Figure().subplots(), measure(FIVE, 3)
     figures.draw_histogram(axes, metrics, "", "black", 3, 5)
     pale, right = {(2, True): 20, (3, True): 40}, {(2, False): 20, (3, False): 20}
     assert bars_of(axes) == pytest.approx({(0, False): 40} | pale | right)
@@ -94,7 +135,7 @@ def test_figures_whatever_the_users_settings_and_the_names_of_files(tmp_path, mo
     of_users = {"text.usetex": True, "axes.facecolor": "red", "savefig.dpi": 10}
     for folder, settings in (("a", {}), ("b", of_users)):
         (tmp_path / folder).mkdir()
-        with matplotlib.rc_context(settings):
+        with figures.matplotlib.rc_context(settings):
             paths = figures.draw_all({"task": task, "models": models}, logs, tmp_path / folder)
     drawn = [{x.name: x.read_bytes() for x in (tmp_path / folder).iterdir()} for folder in "ab"]
     assert drawn[0] == drawn[1] and set(paths) == {f"{tmp_path}/b/{name}" for name in drawn[0]}
@@ -103,12 +144,3 @@ def test_figures_whatever_the_users_settings_and_the_names_of_files(tmp_path, mo
     assert bars_of(figure.axes[1])[9, True] == pytest.approx(40)
     frames += map(all_answers, figure.axes)
     assert len(frames) > 8 and frames == pytest.approx([100] * len(frames))
-
-
-def test_smooth_leaves_the_first_values_and_averages_nine_later():
-    """The mean of (i - w)^2 ... (i + w)^2 is i^2 + w (w + 1) / 3."""
-    squares = [i * i for i in range(50)]
-    smooth = figures.smooth(squares)
-    assert smooth[:8] == squares[:8]
-    assert smooth[8:16] == pytest.approx([x + 2 / 3 for x in squares[8:16]])
-    assert smooth[32:46] == pytest.approx([x + 20 / 3 for x in squares[32:46]])

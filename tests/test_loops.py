@@ -15,7 +15,7 @@ from conftest import mixed_model, plain_logps
 import train_dpo
 import train_sft
 from data import entropy_floor, is_exact, random_equations, random_pairs
-from model import GPT, GPTConfig, answer, load_checkpoint, logps_of, save_checkpoint
+from model import GPT, GPTConfig, answer, generate, load_checkpoint, logps_of, save_checkpoint
 
 SFT = "--depth 2 --width 16 --heads 2 --max-sum 20 --batch-size 8 --seed 5 --lr 0.006"
 DPO = "--sft start.pt --steps 4 --batch-size 8 --beta 0.3 --seed 5 --lr 0.003"
@@ -71,12 +71,12 @@ def logp(model, prompt, completion):
     return logps[range(len(tokens)), tokens].sum()
 
 
-def update(args, step, loss, parameters, optimizers):
-    """One step by gradients of this loss alone. The rates have a test of their own."""
+def update(rates, loss, parameters, optimizers):
+    """One step by gradients of this loss alone, with a rate for each optimizer."""
     for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
         p.grad = gradient
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = train_sft.learning_rate(args.lr, step, args.steps)
+    for rate, optimizer in zip(rates, optimizers):
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
 
 
@@ -109,7 +109,8 @@ def sft_by_hand(args):
     for step in range(1, args.steps + 1):
         batch = random_equations(rng, args.batch_size, SEEN)
         loss = -sum(logp(model, *example) for example in batch) / args.batch_size
-        update(args, step, loss, matrices + others, optimizers)
+        rate = train_sft.learning_rate(args.lr, step, args.steps, 0.4)  # has a test of its own
+        update([rate, 3 * rate], loss, matrices + others, optimizers)
         losses.append(loss.item())
         if step % look_every == 0 or step == args.steps:
             log.append({"step": step, "equations": step * args.batch_size})
@@ -129,6 +130,18 @@ def pair_loss(args, z, chosen_logp, rejected_logp):
     if args.loss == "sigmoid":
         right, wrong = ((1 + torch.exp(-sign * args.beta * z)).log() for sign in (1, -1))
     return (1 - args.label_smoothing) * right + args.label_smoothing * wrong
+
+
+def kl_by_hand(policy, reference, prompts):
+    """Its gradient is that of the KL: each answer by its log-ratio less the mean of the others."""
+    answers = list(zip(prompts, generate(policy, prompts)))
+    logps = [logp(policy, *example) for example in answers]
+    ratios = [x.item() - logp(reference, *answer).item() for x, answer in zip(logps, answers)]
+    terms = []
+    for i, x in enumerate(logps):
+        others = ratios[:i] + ratios[i + 1 :]
+        terms.append((ratios[i] - fmean(others or [0])) * x)
+    return sum(terms) / len(terms)
 
 
 def dpo_by_hand(args):
@@ -153,9 +166,16 @@ def dpo_by_hand(args):
             margin = rewards[0] - rewards[1]
             loss = pair_loss(args, margin / args.beta, *logps)
             losses.append(loss - args.nll_weight * logps[0])
-            logged.append([x.item() for x in (loss, *rewards, margin, margin > 0, *logps)])
-        if losses:
-            update(args, step, sum(losses) / B, parameters, [optimizer])
+            wins = (margin > 0) + 0.5 * (margin == 0)
+            logged.append([x.item() for x in (loss, *rewards, margin, wins, *logps)])
+        loss = sum(losses) / B
+        if args.kl_weight:
+            loss = loss + args.kl_weight * kl_by_hand(
+                policy, reference, [x for x, *_ in written[::2]]
+            )
+        if losses or args.kl_weight:
+            rate = train_sft.learning_rate(args.lr, step, args.steps, 0.7)
+            update([rate], loss, parameters, [optimizer])
         log.append({"step": step, "pairs": len(pairs)})
         if pairs:
             log[-1] |= dict(zip(LOGGED, map(fmean, zip(*logged))))
@@ -177,11 +197,11 @@ def assert_logged(log, expected):
 
 def test_golden_learning_rates():
     """Of 100 steps five rise to 6, up to the 31st they stay there, and the others fall to 0."""
-    rates = [train_sft.learning_rate(6.0, step, 100) for step in range(1, 101)]
+    rates = [train_sft.learning_rate(6.0, step, 100, 0.7) for step in range(1, 101)]
     assert rates[:5] == pytest.approx([1.2, 2.4, 3.6, 4.8, 6])
     assert rates[4:31] == pytest.approx([6] * 27)
     assert rates[30:] == pytest.approx([6 * left / 70 for left in range(70, 0, -1)])
-    assert train_sft.learning_rate(6.0, 1, 1) == 6
+    assert train_sft.learning_rate(6.0, 1, 1, 0.4) == 6
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)])
@@ -206,11 +226,13 @@ def test_muon_is_that_of_torch(shape):
         f"{DPO} --pairs offline --label-smoothing 0.2 --nll-weight 0.7",
         f"{DPO} --pairs offline --loss imitation --preferred-terms 4 --label-smoothing 0.2",
         f"{DPO} --pairs pairs.jsonl --loss ipo --batch-size 4 --label-smoothing 0.2",
-        f"{DPO} --pairs reference",
+        f"{DPO} --pairs reference --kl-weight 0.6",
         f"{DPO} --pairs online --preferred-terms 2",
         f"{DPO} --pairs mistakes --nll-weight 0.7 --batch-size 3",
         f"{DPO} --pairs mistakes --batch-size 1 --lr 0.0005 --steps 41",
         f"{DPO} --pairs mistakes --batch-size 1 --lr 0.0005 --steps 41 --nll-weight 0.7",
+        f"{DPO} --pairs offline --kl-weight 0.6",
+        f"{DPO} --pairs mistakes --batch-size 1 --lr 0.0005 --steps 41 --kl-weight 0.7",
     ],
 )
 def test_a_script_trains_as_the_loop_by_hand(tmp_path, flags):

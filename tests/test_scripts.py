@@ -18,12 +18,13 @@ import evaluate
 import train_dpo
 import train_sft
 from data import measure
-from model import GPT, GPTConfig, answer, load_checkpoint, logratios_of, save_checkpoint
+from model import answer, load_checkpoint, logratios_of
 from plots import figures
 
 ROOT = Path(__file__).parent.parent
-LABELS = {"sft": "SFT", "dpo_offline": "offline", "dpo_offline_nll": "offline + NLL"}
+LABELS = {"sft": "SFT", "dpo_offline": "offline", "dpo_offline_kl": "offline + KL"}
 LABELS |= {"dpo": "mistakes"}  # by file
+DRAWN = {"dist.png", "dist.gif", "sft_gap.png", "mass.png"}
 TINY = "--depth 1 --width 16 --heads 2 --max-sum 20 --batch-size 32"
 
 
@@ -40,21 +41,23 @@ def folder(tmp_path_factory):
         patch.setattr(train_dpo, "EVEN_LOOKS", 1)
         patch.setitem(figures.STYLE, "figure.dpi", 40)
         run(train_sft, f"{TINY} --steps 99 --lr 0.03")
-        run(train_dpo, "--steps 2 --batch-size 8")
-        run(train_dpo, "--steps 1 --batch-size 8 --pairs offline --lr 3e-4 --out runs/a.pt")
+        run(train_dpo, "--steps 1 --batch-size 8 --pairs offline --lr 3e-4 --out runs/b.pt")
+        run(train_dpo, "--steps 2 --batch-size 8 --out runs/a.pt")
         run(evaluate, "--samples 2 --seed 3")
         Path("mine.jsonl").write_text('{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}')
         yield
 
 
 def test_all_stages_leave_checkpoints_figures_and_results_that_agree(capsys):
-    """And nothing else: the logs are in the checkpoints. --ask prints a line a model a sum."""
-    assert set(os.listdir("runs")) == {"sft.pt", "dpo.pt", "a.pt"}
-    drawn = {"dist.png", "dist.gif", "sft_gap.png", "mass.png"}
-    assert set(os.listdir("plots")) == {"results.json", *drawn}
+    """And nothing else: the logs are in the checkpoints. Models come in the order of training.
+
+    --ask prints a line for each model and sum, and another one for a sum that was never learned.
+    """
+    assert set(os.listdir("runs")) == {"sft.pt", "b.pt", "a.pt"}
+    assert set(os.listdir("plots")) == {"results.json", *DRAWN}
     models = json.loads(Path("plots/results.json").read_text())["models"]
     sft, _, sft_log = load_checkpoint("runs/sft.pt")
-    for name, result in zip(("sft", "a", "dpo"), models.values()):
+    for name, result in zip(("sft", "b", "a"), models.values()):
         model, args, log = load_checkpoint(f"runs/{name}.pt")
         assert result["args"] == args
         drawn = answer(model, [n // 2 for n in range(10, 42)], generator=torch.manual_seed(3))
@@ -65,13 +68,14 @@ def test_all_stages_leave_checkpoints_figures_and_results_that_agree(capsys):
         assert result["kl"] == pytest.approx(logratios_of(model, sft, drawn).mean().item())
         assert result["answers"] == answer(model, [20, 11, 9], generator=torch.manual_seed(3))
         wrong = [equation for equation in drawn if not data.is_exact(equation)]
-        assert result["mistakes"] == random.Random(3).sample(wrong, 3)
+        assert result["wrong"] == random.Random(3).sample(wrong, 3)
     assert [record["step"] for record in log if "own" in record] == [0, 1, 2]
     assert len(sft_log) == 3 and sft_log[2]["gap"] < sft_log[0]["gap"] and result["kl"] != 0
     run(evaluate, "--ask 100,57 --plots-dir nowhere")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["SFT", "offline", "mistakes"] * 2
-    assert [line.count(" 57=") for line in lines] == [0] * 3 + [4] * 3
+    names = ["SFT"] * 2 + ["offline"] * 2 + ["mistakes"] * 2
+    assert [line.split()[0] for line in lines] == names * 2
+    assert [line.count("=") for line in lines] == [4, 0] * 6
     assert list(models) == ["SFT", "offline", "mistakes"] and not os.path.exists("nowhere")
 
 
@@ -99,7 +103,7 @@ BAD = {
     "|--lr 1e9 --steps 9 --pairs mine.jsonl|--out /dev/null/x.pt|--out runs/sft.pt"
     "|--out plots/../runs/sft.pt|--pairs mine.jsonl --out mine.jsonl",
     evaluate: "--ask 0|--ask 9,x|--ask 1000|--ask ''|--samples 0|runs/none.pt|plots/results.json"
-    "|--plots-dir mine.jsonl|--sft runs/dpo.pt|--sft none.pt --samples 1",
+    "|--plots-dir mine.jsonl|--sft none.pt --samples 1",
 }
 
 
@@ -110,19 +114,13 @@ def test_bad_input_ends_in_one_line_and_harms_no_file(script, flags, capsys):
     assert ("1e9" in flags) == ("not finite" in complaint)
 
 
-def test_models_of_other_tasks_or_references_are_refused(capsys, tmp_path):
-    """But a DPO model may have the name of the SFT model."""
-    dpo, args, log = load_checkpoint("runs/dpo.pt")
-    save_checkpoint(f"{tmp_path}/sft.pt", dpo, args | {"preferred_terms": 4}, log[:2])
-    for name, max_sum in (("wide", 30), ("other", 20)):
-        save_checkpoint(f"{tmp_path}/{name}.pt", GPT(GPTConfig(1, 16, 2, max_sum)), {}, [])
-    for flags in ("runs/dpo.pt {0}/sft.pt", "runs/sft.pt {0}/wide.pt", "--sft {0}/other.pt"):
-        refused(evaluate, flags.format(tmp_path), capsys)
-    assert "runs/sft.pt" in refused(evaluate, f"{tmp_path}/wide.pt", capsys)
-    run(evaluate, f"{tmp_path}/sft.pt --samples 1 --plots-dir {tmp_path}/new")
-    results = json.loads((tmp_path / "new/results.json").read_text())
-    assert results["task"]["preferred_terms"] == 4 and list(results["models"]) == ["mistakes"]
-    assert len(os.listdir(tmp_path / "new")) == 4  # no figure of SFT
+def test_an_evaluation_of_less_says_which_figures_are_older(capsys, tmp_path):
+    flags = f"--samples 1 --plots-dir {tmp_path}"
+    run(evaluate, f"{flags} runs/a.pt")
+    assert set(os.listdir(tmp_path)) == {"results.json", *DRAWN}
+    run(evaluate, f"{flags} runs/sft.pt")
+    *_, last = capsys.readouterr().out.splitlines()
+    assert [name for name in sorted(DRAWN) if name in last] == ["dist.gif", "mass.png"]
 
 
 def make(project, *targets):
@@ -133,7 +131,7 @@ def make(project, *targets):
     for line in done.stdout.splitlines():
         if script := re.match(r"\.venv/bin/python (train_sft|train_dpo|evaluate)\.py (.*)", line):
             args = vars(sys.modules[script[1]].parse_args(shlex.split(script[2])))
-            jobs.append(evaluate.label_of("", args) if "out" in args else "evaluate")
+            jobs.append(evaluate.label_of(args) if "out" in args else "evaluate")
             assert jobs[-1] == LABELS.get(Path(args.get("out", "")).stem, "evaluate")
         jobs += ["install"] * ("pip install" in line)
     return jobs, done.stdout.split()
@@ -150,15 +148,23 @@ def test_make_does_what_is_missing_or_old_and_clean_keeps_the_study(tmp_path):
     jobs, words = make(project, "quick")
     assert jobs == ["install", *everything] and "plots" not in words
     assert all(".venv/" in word or "runs/quick" in word for word in words if "/" in word)
-    products = [*(f"runs/{name}.pt" for name in LABELS), "runs/evaluated", "runs/quick/sft.pt"]
-    kept = [".venv/installed", "runs/study/1/sft_0.pt", "runs/try.pt", "plots/results.json"]
+    drawn = [f"plots/{name}" for name in ("results.json", *DRAWN)]
+    products = [*(f"runs/{name}.pt" for name in LABELS), "runs/quick/sft.pt"]
+    kept = [".venv/installed", "runs/study/1/sft_0.pt", "runs/try.pt", *drawn]
     for name in ("nothing", *LABELS):
-        for path in (project / product for product in kept + products):
+        for path in (project / product for product in kept[:3] + products + drawn):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         (project / f"runs/{name}.pt").unlink(missing_ok=True)
         again = {"nothing": [], "sft": everything}.get(name, [LABELS.get(name), "evaluate"])
         assert make(project)[0] == again
+    (project / "runs/dpo.pt").touch()
+    for name in drawn:
+        (project / name).touch()
+    for name in drawn:
+        (project / name).unlink()
+        assert make(project)[0] == ["evaluate"]
+        (project / name).touch()
     (project / "runs/dpo.pt").touch()
     (project / "plots/figures.py").touch()
     assert make(project)[0] == ["evaluate"]

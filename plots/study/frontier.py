@@ -44,7 +44,7 @@ def frontier_kl(p, share):
     return optimal_policy(p, low)[1]
 
 
-def best_of(p, n):
+def best_of_n(p, n):
     """Mean share and KL in nats of the best of n answers of the reference."""
     share = 1 - (1 - p) ** n
     return share.mean().item(), bernoulli_kl(share, p).mean().item()
@@ -80,23 +80,14 @@ def split_kl(logratios, preferred, p):
     }
 
 
-def split_z(logratios, preferred, p):
-    """The margin z of a policy's own answers and its parts, in nats.
+def optimum_with_kl(p, kl_weight, beta):
+    """Mean share and KL in nats where DPO with the KL on the policy's own answers has its optimum.
 
-    z is the mean log pi - log pi_ref of preferred answers E less that of all others. With s and p
-    the shares of E under policy and reference,
-        z = log-odds(s) - log-odds(p) + KL(pi_E || ref_E) - KL(pi_notE || ref_notE).
-    At the optimum both KLs are 0 and z is 1 / beta; a z of 1 / beta alone can hide both. All are
-    None if the answers are all preferred, or none of them is.
+    It is sought on the frontier, where z = log t for every pair of a preferred answer and another:
+    the least of -log sigmoid(beta log t) + kl_weight KL(t).
     """
-    preferred, s, p = preferred.bool(), preferred.double().mean(), p.mean()
-    if not 0 < s < 1:
-        return dict.fromkeys(("z", "log-odds", "preferred", "others"))
-    of_preferred, of_others = logratios[preferred].mean(), logratios[~preferred].mean()
-    parts = {
-        "z": of_preferred - of_others,
-        "log-odds": s.logit() - p.logit(),
-        "preferred": of_preferred - (s / p).log(),
-        "others": of_others - ((1 - s) / (1 - p)).log(),
-    }
-    return {name: part.item() for name, part in parts.items()}
+
+    def loss(log_t):
+        return math.log1p(math.exp(-beta * log_t)) + kl_weight * optimal_policy(p, log_t)[1]
+
+    return optimal_policy(p, min((i / 100 for i in range(3000)), key=loss))

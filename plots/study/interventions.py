@@ -1,4 +1,4 @@
-"""Part 3 of the study: why the classic pairs fail, by taking away what is suspected.
+"""Part 3 of the study: which rejected sides do the harm? Some are cut short, others exchanged.
 
     python -m plots.study.interventions            # writes interventions.json
 
@@ -13,12 +13,11 @@ import torch
 from data import collate, composition, encode, random_pairs, seen_sums
 from model import completion_logps
 from plots.study import runs
+from plots.study.runs import BATCH, BETA, FEWER, STEPS
 from train_dpo import dpo_loss
 
-BETA, STEPS, BATCH = 0.8, 500, 128  # the defaults of train_dpo.py
-SEEDS = (1, 2, 3)
-RATES = (3e-4, 1e-4)  # that of offline, and one more as a check, on the first seed
-PAIRS, PAIR_SEED = 2000, 1_000_003  # on which loss and z are measured at the end
+LR = 3e-4  # that of offline
+PAIRS, PAIR_SEED = 2000, 1_000_003  # on which z is measured at the end
 
 
 # ---- tokens that are left out ----------------------------------------------------------------
@@ -29,43 +28,45 @@ def all_tokens(tokens, mask):
     return mask
 
 
-def without_last(number):
-    """Leaves out the last `number` tokens of every completion; the end token is the last."""
+def end_alone(tokens, mask):
+    return mask & (still_to_come(mask) == 1)
 
-    def masked(tokens, mask):
-        still_to_come = mask.flip(1).cumsum(1).flip(1)  # of the completion, this one included
-        return mask & (still_to_come > number)
 
-    return masked
+def without_last_two(tokens, mask):
+    """Leaves out the last digit and the end token."""
+    return mask & (still_to_come(mask) > 2)
 
 
 def without_last_term(tokens, mask):
     """Leaves out the digits after the last plus sign, and the end token."""
     plus = (tokens == encode("+")[0]) & mask
-    return mask & (plus.flip(1).cumsum(1).flip(1) > 0)
+    return mask & (still_to_come(plus) > 0)
 
 
-def end_alone(tokens, mask):
-    return mask & ~without_last(1)(tokens, mask)
+def still_to_come(mask):
+    """How many columns from here on are True, this one included: (B, T) -> (B, T)."""
+    return mask.flip(1).cumsum(1).flip(1)
 
 
 # ---- other rejected sides --------------------------------------------------------------------
-# Each maps a random state and a pair of the generator to the rejected side that is used.
+# Each maps a random state and a pair (prompt, chosen, rejected) to the rejected side that is used.
 
 
-def as_written(rng, pair):
+def as_it_is(rng, pair):
     return pair[2]
 
 
-def of_terms(k):
-    return lambda rng, pair: composition(rng, int(pair[0][:-1]), k)
+def four_terms(rng, pair):
+    return composition(rng, int(pair[0][:-1]), 4)
 
 
-def wrong_sums(share):
-    """A share of the rejected sides has a wrong sum: one side of the pair with one term changed."""
-    return lambda rng, pair: (
-        wrong_sum(rng, rng.choice(pair[1:])) if rng.random() < share else pair[2]
-    )
+def five_terms(rng, pair):
+    return composition(rng, int(pair[0][:-1]), 5)
+
+
+def half_wrong_sums(rng, pair):
+    """Every other rejected side has a wrong sum: one side of the pair with one term changed."""
+    return wrong_sum(rng, rng.choice(pair[1:])) if rng.random() < 0.5 else pair[2]
 
 
 def wrong_sum(rng, completion):
@@ -77,26 +78,20 @@ def wrong_sum(rng, completion):
 
 
 VARIANTS = {  # name: (tokens that count, rejected side)
-    "offline": (all_tokens, as_written),
-    "without the end token": (without_last(1), as_written),
-    "without the last digit and the end": (without_last(2), as_written),
-    "without the last term and the end": (without_last_term, as_written),
-    "the end token alone": (end_alone, as_written),
-    "two terms": (all_tokens, of_terms(2)),
-    "four terms": (all_tokens, of_terms(4)),
-    "five terms": (all_tokens, of_terms(5)),
-    "two terms, cut": (without_last(2), of_terms(2)),  # may begin a preferred answer
-    "four terms, cut": (without_last(2), of_terms(4)),  # has too many plus signs for that
-    "half wrong sums": (all_tokens, wrong_sums(0.5)),
-    "nine in ten wrong sums": (all_tokens, wrong_sums(0.9)),
+    "offline": (all_tokens, as_it_is),
+    "the end token alone": (end_alone, as_it_is),
+    "without the last term and the end": (without_last_term, as_it_is),
+    "four terms, cut": (without_last_two, four_terms),
+    "five terms": (all_tokens, five_terms),
+    "half wrong sums": (all_tokens, half_wrong_sums),
 }
 
 
 # ---- one run ---------------------------------------------------------------------------------
 
 
-def z_of_pairs(policy, reference, pairs, tokens_that_count):
-    """The four log-probs of pairs, of which the rejected ones count some tokens only."""
+def four_logps(policy, reference, pairs, tokens_that_count):
+    """The log-probs that dpo_loss takes; those of the rejected side count some tokens only."""
     chosen = collate([(x, chosen) for x, chosen, _ in pairs])
     tokens, mask = collate([(x, rejected) for x, _, rejected in pairs])
     rejected = tokens, tokens_that_count(tokens, mask)
@@ -106,52 +101,43 @@ def z_of_pairs(policy, reference, pairs, tokens_that_count):
     return *policy_logps, *ref_logps
 
 
+def pairs_of(variant, rng, rng_of_sides, count, sums):
+    """Pairs of the generator with the rejected sides of a variant."""
+    _, rejected_side = VARIANTS[variant]
+    pairs = random_pairs(rng, count, sums, 3)
+    return [(*pair[:2], rejected_side(rng_of_sides, pair)) for pair in pairs]
+
+
 def train(policy, reference, variant, lr, seed):
-    tokens_that_count, rejected_side = VARIANTS[variant]
+    """Trains the policy; returns the mean z of pairs of the variant at the end, in nats."""
+    tokens_that_count, _ = VARIANTS[variant]
     rng, rng_of_sides = random.Random(seed), random.Random(seed)
     sums = seen_sums(policy.config.max_sum)
-
-    def next_pairs(rng, count):
-        pairs = random_pairs(rng, count, sums, 3)
-        return [(*pair[:2], rejected_side(rng_of_sides, pair)) for pair in pairs]
-
-    def next_loss():
-        logps = z_of_pairs(policy, reference, next_pairs(rng, BATCH), tokens_that_count)
-        return dpo_loss(*logps, BETA)[0].mean()
-
-    runs.train(runs.adamw(policy), lr, STEPS, next_loss)
+    optimizers = [runs.adamw(policy, lr)]
+    for step in range(1, STEPS + 1):
+        pairs = pairs_of(variant, rng, rng_of_sides, BATCH, sums)
+        logps = four_logps(policy, reference, pairs, tokens_that_count)
+        runs.update(optimizers, dpo_loss(*logps, BETA)[0].mean(), step, STEPS)
+    pairs = pairs_of(variant, random.Random(PAIR_SEED), rng_of_sides, PAIRS, sums)
     with torch.no_grad():
-        pairs = next_pairs(random.Random(PAIR_SEED), PAIRS)
-        logps = z_of_pairs(policy, reference, pairs, tokens_that_count)
-        losses, chosen_rewards, rejected_rewards = dpo_loss(*logps, BETA)
-    z = (chosen_rewards - rejected_rewards) / BETA
-    return {"loss": losses.mean().item(), "z of pairs": z.mean().item()}
+        logps = four_logps(policy, reference, pairs, tokens_that_count)
+    _, chosen_rewards, rejected_rewards = dpo_loss(*logps, BETA)
+    return ((chosen_rewards - rejected_rewards) / BETA).mean().item()
 
 
-def run(variant, lr, seed):
-    def compute():
-        policy, reference, p = runs.start(seed)
-        reached = train(policy, reference, variant, lr, seed)
-        return runs.measured(policy, reference, p, seed) | reached
-
-    return runs.kept(f"{variant.replace(' ', '_')}_lr={lr}_{seed}", compute)
+def run(variant, seed):
+    """The result of one run."""
+    policy, reference, p = runs.start(seed)
+    z = train(policy, reference, variant, LR, seed)
+    return runs.measured(policy, reference, p, seed) | {"z of pairs": z}
 
 
 def interventions(pool):
-    """The content of interventions.json: {"runs": {variant: results}, "check": the same}."""
-    runs.train_sft_models(pool, SEEDS)
-    lr, other = RATES
-    tasks = [(variant, lr, seed) for seed in SEEDS for variant in VARIANTS]
-    tasks += [(variant, other, SEEDS[0]) for variant in VARIANTS]
-    results = runs.gather("variants", {task: pool.submit(run, *task) for task in tasks})
-    return {
-        str(rate): {
-            variant: [r for task, r in results.items() if task[:2] == (variant, rate)]
-            for variant in VARIANTS
-        }
-        for rate in RATES
-    }
+    """The content of interventions.json: {variant: results}."""
+    runs.train_sft_models(pool, FEWER)
+    tasks = {variant: [(variant, seed) for seed in FEWER] for variant in VARIANTS}
+    return runs.gather(pool, "variants", run, tasks)
 
 
 if __name__ == "__main__":
-    runs.run_part("interventions", interventions)
+    runs.run_part("interventions", interventions, __doc__)

@@ -5,13 +5,11 @@
 The judge errs as Bradley and Terry say: the preferred of two answers wins with probability
 sigmoid(1), and either of two equals with probability 1/2. That is a reward of 1 for preferred
 answers, so the optimum multiplies their odds by t = exp(1 / beta). DPO sees answers of the policy
-(online), of the SFT model (reference) or, at one beta, half of each (mixed). The loss takes all
-pairs of the answers to a prompt, with both verdicts weighted by their probabilities. RLOO sees the
-reward of the policy's answers. All of them have the same optimum.
+(online) or of the SFT model (reference). Its loss takes all pairs of the answers to a prompt, with
+both verdicts weighted by their probabilities, so no verdict is drawn. RL sees the reward of the
+policy's answers. All of them have the same optimum.
 """
 
-import itertools
-import math
 import random
 
 import torch
@@ -19,26 +17,23 @@ import torch
 from data import collate, is_preferred, measure, seen_sums
 from model import completion_logps, generate, logratios_of
 from plots.study import frontier, runs
-from plots.study.rlhf import rloo_loss
-from train_dpo import LOSSES
+from plots.study.methods import try_settings
+from plots.study.runs import FEWER, STEPS
+from train_dpo import dpo_loss, own_answers_loss
 from train_sft import make_optimizers
 
-ONLINE = {"answers": "online", "loss": "sigmoid"}
-REFERENCE = {"answers": "reference", "loss": "sigmoid"}
-MIXED = {"answers": "mixed", "loss": "sigmoid"}
-RLOO = {"answers": "online", "loss": "rloo"}
-KINDS = (ONLINE, REFERENCE, RLOO)
-# Of the winners; beta has no part in it.
-IMITATION = {"answers": "reference", "loss": "imitation", "beta": 0.8, "lr": 7.5e-4}
-BETAS = (0.3, 0.8, 2.0)
-RATE_BETAS = BETAS[:2]  # at which a rate is chosen on seed 0; other beta take that of the nearest
-SEEDS = (1, 2, 3)
-RATES = (9.5e-5, 1.9e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3)
-STEPS, PROMPTS, ANSWERS = 750, 8, 16  # as in part 1, 128 answers a step
+KINDS = ("online DPO", "reference DPO", "RL")
+BETAS = (0.3, 0.8)
+PROMPTS, ANSWERS = 8, 16  # 128 answers per step
 SAMPLES = 50  # answers to every sum, to measure a run
 
 
-def loss_of_all_pairs(logps, ref_logps, preferred, loss, beta):
+def reward(examples):
+    """1 for preferred answers and 0 for others: (B,)."""
+    return torch.tensor([float(is_preferred("".join(example), 3)) for example in examples])
+
+
+def loss_of_all_pairs(logps, ref_logps, preferred, beta):
     """The expected loss of all pairs of answers to a prompt, for (PROMPTS, ANSWERS) each.
 
     The first of a pair wins with probability p. A share 1 - p of the labels is the wrong way round,
@@ -47,112 +42,70 @@ def loss_of_all_pairs(logps, ref_logps, preferred, loss, beta):
     i, j = torch.triu_indices(ANSWERS, ANSWERS, 1)
     p = (preferred[:, i].float() - preferred[:, j].float()).sigmoid()
     sides = logps[:, i], logps[:, j], ref_logps[:, i], ref_logps[:, j]
-    return LOSSES[loss](*sides, beta, label_smoothing=1 - p)[0].mean()
+    return dpo_loss(*sides, beta, label_smoothing=1 - p)[0].mean()
 
 
-def written(answers, policy, reference, prompts):
-    """A completion of each prompt; "mixed": of every other prompt by the policy."""
-    writers = {"online": (policy,), "reference": (reference,), "mixed": (policy, reference)}
-    parts = writers[answers]
-    completions = [generate(model, prompts[i :: len(parts)]) for i, model in enumerate(parts)]
-    return [completion for side_by_side in zip(*completions) for completion in side_by_side]
+def judged_loss(policy, reference, writer, prompts, beta):
+    """The DPO loss of answers of `writer` to prompts, each of which stands ANSWERS times."""
+    examples = list(zip(prompts, generate(writer, prompts)))
+    answers = collate(examples)
+    logps = completion_logps(policy, *answers)
+    with torch.no_grad():
+        ref_logps = completion_logps(reference, *answers)
+    grids = (x.view(PROMPTS, ANSWERS) for x in (logps, ref_logps, reward(examples)))
+    return loss_of_all_pairs(*grids, beta)
 
 
 def train(policy, reference, settings, seed):
-    """Trains the policy on answers that `settings["answers"]` names, by `settings["loss"]`."""
+    """Trains the policy as `settings` say: kind, beta and lr."""
     torch.manual_seed(seed)
     rng, sums = random.Random(seed), seen_sums(policy.config.max_sum)
-
-    def next_loss():
-        prompts = [f"{n}=" for n in rng.choices(sums, k=PROMPTS) for _ in range(ANSWERS)]
-        if settings["loss"] == "rloo":
-            beta = settings["beta"]
-            return rloo_loss(policy, reference, prompts, reward, beta, ANSWERS)
-        completions = written(settings["answers"], policy, reference, prompts)
-        examples = list(zip(prompts, completions))
-        batch = collate(examples)
-        logps = completion_logps(policy, *batch)
-        with torch.no_grad():
-            ref_logps = completion_logps(reference, *batch)
-        grids = (x.view(PROMPTS, ANSWERS) for x in (logps, ref_logps, reward(examples)))
-        return loss_of_all_pairs(*grids, settings["loss"], settings["beta"])
-
+    kind, beta = settings["kind"], settings["beta"]
     optimizers = make_optimizers(policy, settings["lr"])
-    runs.train(optimizers, settings["lr"], settings["steps"], next_loss)
-
-
-def reward(examples):
-    """1 for preferred answers and 0 for others: (B,)."""
-    return torch.tensor([float(is_preferred("".join(example), 3)) for example in examples])
-
-
-def predict(p, settings):
-    """The exact optimum: its mean share and KL, and its margin z in answers of the reference.
-
-    p (sums,) is the reference's share of preferred answers. KL and z are in nats.
-    """
-    if settings["loss"] == "imitation":
-        s = p * p + 2 * p * (1 - p) * torch.tensor(1.0).sigmoid()  # of the winners
-    else:
-        s = (p.logit() + 1 / settings["beta"]).sigmoid()
-    of_preferred, of_others = (s / p).log(), ((1 - s) / (1 - p)).log()  # log-ratios, (sums,)
-    z = (p * of_preferred).sum() / p.sum() - ((1 - p) * of_others).sum() / (1 - p).sum()
-    kl = frontier.bernoulli_kl(s, p).mean()
-    return {"preferred": s.mean().item(), "kl": kl.item(), "z": z.item()}
+    for step in range(1, STEPS + 1):
+        prompts = [f"{n}=" for n in rng.choices(sums, k=PROMPTS) for _ in range(ANSWERS)]
+        if kind == "RL":
+            loss = own_answers_loss(policy, reference, prompts, beta, reward)
+        else:
+            writer = policy if kind == "online DPO" else reference
+            loss = judged_loss(policy, reference, writer, prompts, beta)
+        runs.update(optimizers, loss, step, STEPS)
 
 
 def run(settings, seed):
-    """What a run ends at, beside the prediction."""
-
-    def compute():
-        policy, reference, p = runs.start(seed)
-        train(policy, reference, settings, seed)
-        generator = torch.Generator().manual_seed(seed)
-        result = {"seed": seed, "predicted": predict(p, settings), "z": {}}
-        for name, writer in (("reference", reference), ("policy", policy)):
-            answers = runs.sampled_answers(writer, SAMPLES, generator)
-            logratios = logratios_of(policy, reference, answers).double()
-            preferred = torch.tensor([is_preferred(a, 3) for a in answers])
-            parts = frontier.split_z(logratios, preferred, p)
-            result["z"][name] = parts["z"]  # 1 / beta, at best
-        result["z parts"] = parts  # of the policy's answers, as all that follows
-        metrics = measure(answers, 3) | {"kl": logratios.mean().item()}
-        return result | {key: metrics[key] for key in ("preferred", "exact", "kl")}
-
-    return runs.kept(f"judge/{runs.name_of(settings, seed)}", compute)
+    """What a run ends at, beside the optimum."""
+    policy, reference, p = runs.start(seed)
+    train(policy, reference, settings, seed)
+    answers = runs.sampled_answers(policy, SAMPLES, torch.Generator().manual_seed(seed))
+    metrics = measure(answers, 3) | {"kl": logratios_of(policy, reference, answers).mean().item()}
+    share, kl = frontier.optimal_policy(p, 1 / settings["beta"])
+    result = {"seed": seed, "optimum": {"preferred": share, "kl": kl}}
+    return result | {key: metrics[key] for key in ("preferred", "exact", "kl")}
 
 
-def distance(result):
-    return abs(result["preferred"] - result["predicted"]["preferred"])
+def nearest(tried):
+    """The settings whose share of preferred answers is nearest to that of the optimum."""
+    distances = [abs(r["preferred"] - r["optimum"]["preferred"]) for _, r in tried]
+    return tried[distances.index(min(distances))][0]
 
 
 def judge(pool):
-    """The content of judge.json: the study, the choice of rates, and runs of twice the steps."""
-    runs.train_sft_models(pool, (0, *SEEDS))
+    """The content of judge.json: every kind at every beta, and the rates that were tried."""
+    ps = runs.train_sft_models(pool, (0, *FEWER))[1:]
+    grid = [{"kind": kind, "beta": beta} for kind in KINDS for beta in BETAS]
+    tried = try_settings(pool, run, {i: [settings] for i, settings in enumerate(grid)}, nearest)
+    tasks = {i: [(nearest(tried[i]), seed) for seed in FEWER] for i in tried}
+    results = runs.gather(pool, "judge", run, tasks)
+    study = [{"settings": nearest(tried[i]), "tried": tried[i], "runs": results[i]} for i in tried]
+    return {"study": study, "curve": curve(ps)}
 
-    def finish(title, settings, seeds):
-        tasks = list(itertools.product(range(len(settings)), seeds))
-        futures = {(i, seed): pool.submit(run, settings[i], seed) for i, seed in tasks}
-        results = runs.gather(title, futures)
-        of_settings = [[results[i, seed] for seed in seeds] for i in range(len(settings))]
-        return [{"settings": s, "runs": found} for s, found in zip(settings, of_settings)]
 
-    grid = [kind | {"beta": beta} for kind in KINDS for beta in BETAS]
-    grid.append(MIXED | {"beta": BETAS[0]})
-    rates = itertools.product([s for s in grid if s["beta"] in RATE_BETAS], RATES)
-    checks = finish("rates", [s | {"steps": STEPS, "lr": lr} for s, lr in rates], [0])
-    study = []
-    for settings in grid:
-        nearest = min(RATE_BETAS, key=lambda tried: abs(math.log(tried / settings["beta"])))
-        wanted = (settings | {"beta": nearest}).items()
-        tried = [check for check in checks if check["settings"].items() >= wanted]
-        best = min(tried, key=lambda check: distance(check["runs"][0]))["settings"]
-        study.append(best | {"beta": settings["beta"]})
-    twice = [s | {"steps": 2 * STEPS} for s in study]
-    study.append(IMITATION | {"steps": STEPS})
-    longer = finish("twice the steps", twice, SEEDS[:1])
-    return {"study": finish("study", study, SEEDS), "rates": checks, "longer": longer}
+def curve(ps):
+    """[beta, share of the optimum], averaged over seeds, for the figure."""
+    ps = torch.tensor(ps, dtype=torch.float64)
+    betas = torch.linspace(0.2, 3, 57).tolist()
+    return [[beta, frontier.optimal_policy(ps.flatten(), 1 / beta)[0]] for beta in betas]
 
 
 if __name__ == "__main__":
-    runs.run_part("judge", judge)
+    runs.run_part("judge", judge, __doc__)

@@ -2,10 +2,10 @@
 
     python -m plots.study.methods            # writes methods.json
 
-Every method has the same steps, batches and learning rates to choose from. The rate is chosen on
-seed 0 and reported over other seeds. It is the one with the most preferred answers, unless another
-has as many within the noise and more exact ones beyond it. A method that is best at the edge of the
-rates gets more.
+Every method has the same steps, batches and learning rates to choose from. The settings are chosen
+on seed 0 and reported over other seeds. A rate is chosen only when the next lower and the next
+higher one were tried as well. The method with the KL on the policy's own answers is also run with
+other weights of that KL.
 """
 
 import math
@@ -15,76 +15,61 @@ import numpy as np
 import torch
 
 import train_dpo
-from data import END, MIN_SUM, PROMPT_WIDTH, collate, measure
-from data import random_pairs, seen_sums
+from data import MIN_SUM, measure, random_pairs, seen_sums
 from model import answer, load_checkpoint, logratios_of
 from plots.study import frontier, runs
+from plots.study.runs import FEWER, SEEDS
 
-SEEDS = (1, 2, 3, 4, 5)
-FEWER = SEEDS[:3]  # for the other methods, to save time
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-BEYOND = {1e-4: 3e-5, 3e-5: 1e-5, 1e-5: 3e-6, 3e-3: 1e-2}  # the rate to try next, at an edge
-IPO = {"pairs": "offline", "loss": "ipo"}
-METHODS = {  # name: settings, each tried at every rate; all else is the default of train_dpo.py
-    "offline": [{"pairs": "offline"}],
-    "offline + NLL": [{"pairs": "offline", "nll-weight": 1}],
+RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FIRST_RATES = (3e-4, 1e-3)
+OFFLINE = {"pairs": "offline"}
+METHODS = {  # name: settings to choose from; all else is the default of train_dpo.py
+    "offline": [OFFLINE],
+    "offline + KL": [OFFLINE | {"kl-weight": weight} for weight in (0.03, 0.1, 0.3)],
     "mistakes": [{"pairs": "mistakes"}],
-    "mistakes + NLL": [{"pairs": "mistakes", "nll-weight": 1}],
-    "imitation": [{"pairs": "offline", "loss": "imitation"}],
+    "offline + NLL": [OFFLINE | {"nll-weight": 1}],
+    "imitation": [OFFLINE | {"loss": "imitation"}],
     "online": [{"pairs": "online"}],
     "reference": [{"pairs": "reference"}],
-    "reference + NLL": [{"pairs": "reference", "nll-weight": 1}],
-    "offline, IPO": [IPO | {"beta": 0.1}, IPO | {"beta": 0.8}],
-    "offline, smoothed": [{"pairs": "offline", "label-smoothing": 0.1}],
+    "reference + KL": [{"pairs": "reference", "kl-weight": 0.1}],
+    "offline, IPO": [OFFLINE | {"loss": "ipo"}],
+    "offline, smoothed": [OFFLINE | {"label-smoothing": 0.1}],
 }
-ALL_SEEDS = ("offline", "offline + NLL", "mistakes", "mistakes + NLL", "imitation")
-OUTSIDE = [2, 3, 4, *range(101, 111)]  # sums that training never has
+ALL_SEEDS = list(METHODS)[:3]  # the others have fewer
+LOW_RATES = (1e-5, 3e-5)  # other methods are best at these, so "offline" has them as well
+KL_WEIGHTS = (0.03, 0.1, 0.2, 0.8)
 EQUATIONS, EQUATION_SEED = 20_000, 1_000_004  # on which the gap of SFT is measured
 PAIRS, PAIR_SEED = 2000, 1_000_003  # offline pairs whose two sides every model is asked about
 
 
+# ---- one run ---------------------------------------------------------------------------------
+
+
 def run(settings, seed):
-    """The result of one run of train_dpo.py."""
-    name = runs.name_of(settings, seed)
-    return runs.kept(name, lambda: train_and_measure(name, settings, seed))
-
-
-def train_and_measure(name, settings, seed):
+    """The result of one run of train_dpo.py, with the path of its policy."""
     flags = settings | {"seed": seed, "sft": runs.RUNS / f"sft_{seed}.pt"}
-    policy, _, log = load_checkpoint(runs.trained(train_dpo, name, flags))
-    samples = runs.SAMPLES if seed in SEEDS else runs.SAMPLES // 5
+    checkpoint = runs.trained(train_dpo, runs.name_of((settings, seed)), flags)
+    policy, _, log = load_checkpoint(checkpoint)
     _, reference, p = runs.start(seed)
-    looks = [
-        {"step": record["step"]} | {key: record["own"][key] for key in ("kl", "preferred", "exact")}
-        for record in log
-        if "own" in record
-    ]
-    return asked_of(policy, reference, p, seed, samples) | {"looks": looks}
+    looks = [runs.point_of(record["step"], record["own"]) for record in log if "own" in record]
+    return asked_of(policy, reference, p, seed) | {"looks": looks}
 
 
-def sft_result(seed):
+def run_sft(seed):
     """What is measured of an SFT model, with its gap to the floor, in nats per equation."""
-
-    def compute():
-        policy, reference, p = runs.start(seed)
-        gap = runs.gap_of(policy, EQUATIONS, EQUATION_SEED)
-        return asked_of(policy, reference, p, seed, runs.SAMPLES) | {"gap": gap, "p": p.tolist()}
-
-    return runs.kept(f"sft_result_{seed}", compute)
+    policy, reference, p = runs.start(seed)
+    gap = runs.gap_of(policy, EQUATIONS, EQUATION_SEED)
+    return asked_of(policy, reference, p, seed) | {"gap": gap, "p": p.tolist()}
 
 
-def asked_of(policy, reference, p, seed, samples):
+def asked_of(policy, reference, p, seed):
     """All that the page says of one model."""
-    generator = torch.Generator().manual_seed(seed)
-    result = runs.measured(policy, reference, p, seed, samples)
+    result = runs.measured(policy, reference, p, seed)
     max_sum = policy.config.max_sum
-    for name, sums in (("largest", [max_sum] * 10), ("outside", OUTSIDE)):
-        answers = answer(policy, sums * samples, generator=generator)
-        result[name] = measure(answers, 3)["exact"]
+    answers = answer(policy, [max_sum] * 1000, generator=torch.Generator().manual_seed(seed))
     pairs = random_pairs(random.Random(PAIR_SEED), PAIRS, seen_sums(max_sum), 3)
-    result["offline pairs"] = sides_of(policy, reference, p, pairs)
-    result["next token"] = next_token(policy, pairs)
-    return result
+    sides = sides_of(policy, reference, p, pairs)
+    return result | {"largest": measure(answers, 3)["exact"], "offline pairs": sides}
 
 
 def sides_of(policy, reference, p, pairs):
@@ -96,31 +81,10 @@ def sides_of(policy, reference, p, pairs):
     return {"chosen": chosen, "rejected": rejected, "ceiling": ceiling}
 
 
-@torch.no_grad()
-def next_token(policy, pairs):
-    """Mean probabilities of two tokens of rejected, right completions, by their term count.
-
-    The end token after the last digit, where the sum is complete, and that last digit.
-    """
-    tokens, mask = collate([(prompt, rejected) for prompt, _, rejected in pairs])
-    probabilities = policy(tokens).softmax(-1)  # (B, T, V)
-    rows, ends = torch.arange(len(pairs)), PROMPT_WIDTH + mask.sum(1) - 1  # (B,)
-    end = probabilities[rows, ends - 1, END]  # (B,)
-    right_digit = probabilities[rows, ends - 2, tokens[rows, ends - 1]]  # (B,)
-    counts = torch.tensor([rejected.count("+") + 1 for _, _, rejected in pairs])
-    return {
-        str(k): {
-            "end": end[counts == k].mean().item(),
-            "right digit": right_digit[counts == k].mean().item(),
-        }
-        for k in sorted(set(counts.tolist()))
-    }
+# ---- the choice of settings ------------------------------------------------------------------
 
 
-# ---- the part --------------------------------------------------------------------------------
-
-
-def best_of(tried):
+def most_preferred(tried):
     """The settings with the most preferred answers, of all (settings, result) that were tried.
 
     Others take their place that have as many within the noise, and more exact ones beyond it.
@@ -129,7 +93,8 @@ def best_of(tried):
     preferred, exact = ([r["sampled"][key] for _, r in tried] for key in ("preferred", "exact"))
 
     def within_noise(share, other):
-        return abs(share - other) <= 2 * math.sqrt(2 * share * (1 - share) / n)  # standard errors
+        variance = share * (1 - share) + other * (1 - other)
+        return abs(share - other) <= 2 * math.sqrt(variance / n)  # two standard errors
 
     best = preferred.index(max(preferred))
     for i in range(len(tried)):
@@ -144,55 +109,66 @@ def shares_of(tried):
     return [[s, r["sampled"]["preferred"], r["sampled"]["exact"]] for s, r in tried]
 
 
-def choose(pool):
-    """{method: its tried settings with their results on seed 0}, with more rates at an edge."""
-    grids = {
-        name: [settings | {"lr": rate} for settings in variants for rate in RATES]
-        for name, variants in METHODS.items()
+def try_settings(pool, run, variants, best_of):
+    """{name: all (settings, result) that were tried on seed 0} for {name: settings to start from}.
+
+    Starts at FIRST_RATES, and goes on until the rates next to the best one have been tried.
+    """
+    to_try = {
+        name: [settings | {"lr": lr} for settings in of_name for lr in FIRST_RATES]
+        for name, of_name in variants.items()
     }
-    tried = {name: [] for name in METHODS}
-    while any(grids.values()):
-        futures = {
-            (name, i): pool.submit(run, settings, 0)
-            for name, grid in grids.items()
-            for i, settings in enumerate(grid)
-        }
-        for (name, i), result in runs.gather("rates", futures).items():
-            tried[name].append((grids[name][i], result))
-        for name in METHODS:
-            best = best_of(tried[name])
-            beyond = best | {"lr": BEYOND.get(best["lr"], best["lr"])}
-            done = [settings for settings, _ in tried[name]]
-            grids[name] = [] if beyond in done else [beyond]
+    tried = {name: [] for name in variants}
+    while any(to_try.values()):
+        tasks = {name: [(settings, 0) for settings in to_try[name]] for name in variants}
+        results = runs.gather(pool, "rates", run, tasks)
+        for name in variants:
+            tried[name] += zip(to_try[name], results[name])
+            best, done = best_of(tried[name]), [settings for settings, _ in tried[name]]
+            i = RATES.index(best["lr"])
+            beside = [best | {"lr": lr} for lr in RATES[max(0, i - 1) : i + 2]]
+            to_try[name] = [settings for settings in beside if settings not in done]
     return tried
+
+
+# ---- the part --------------------------------------------------------------------------------
 
 
 def methods(pool):
     """The content of methods.json."""
-    runs.train_sft_models(pool, (0, *SEEDS))
-    sft = runs.gather("SFT", {seed: pool.submit(sft_result, seed) for seed in SEEDS})
-    tried = choose(pool)
-    content, futures = {}, {}
-    for name, of_method in tried.items():
-        best = best_of(of_method)
-        content[name] = {"settings": best, "tried": shares_of(of_method)}
-        for seed in SEEDS if name in ALL_SEEDS else FEWER:
-            futures[name, seed] = pool.submit(run, best, seed)
-    results = runs.gather("methods", futures)
-    for name, method in content.items():
-        method["runs"] = [result for key, result in results.items() if key[0] == name]
-    return {"sft": list(sft.values()), "methods": content, "frontier": curve(sft.values())}
+    ps = runs.train_sft_models(pool, (0, *SEEDS))[1:]
+    content = runs.gather(pool, "SFT", run_sft, {"sft": [(seed,) for seed in SEEDS]})
+    tried = try_settings(pool, run, METHODS, most_preferred)
+    low = {"offline": [(OFFLINE | {"lr": lr}, 0) for lr in LOW_RATES]}
+    low = runs.gather(pool, "low rates", run, low)["offline"]
+    tried["offline"] += [(OFFLINE | {"lr": lr}, result) for lr, result in zip(LOW_RATES, low)]
+    best = {name: most_preferred(of_method) for name, of_method in tried.items()}
+    tasks = {
+        name: [(best[name], seed) for seed in (SEEDS if name in ALL_SEEDS else FEWER)]
+        for name in METHODS
+    }
+    results = runs.gather(pool, "methods", run, tasks)
+    content["methods"] = {
+        name: {"settings": best[name], "tried": shares_of(tried[name]), "runs": results[name]}
+        for name in METHODS
+    }
+    tasks = {
+        weight: [(best["offline + KL"] | {"kl-weight": weight}, seed) for seed in FEWER]
+        for weight in KL_WEIGHTS
+    }
+    content["kl weights"] = runs.gather(pool, "weights of the KL", run, tasks)
+    return content | {"frontier": curve(ps)}
 
 
-def curve(sft):
+def curve(ps):
     """The frontier and the best of n, averaged over seeds, for the figure."""
-    ps = [torch.tensor(result["p"], dtype=torch.float64) for result in sft]
+    ps = torch.tensor(ps, dtype=torch.float64)
     log_ts = np.linspace(0, 12, 100)
     curves = [[frontier.optimal_policy(p, log_t) for log_t in log_ts] for p in ps]
-    points = {n: [frontier.best_of(p, n) for p in ps] for n in (2, 4, 8, 16)}
+    points = {n: [frontier.best_of_n(p, n) for p in ps] for n in (2, 4, 8, 16)}
     best = [[n, *np.mean(of_seeds, axis=0).tolist()] for n, of_seeds in points.items()]
     return {"curve": np.mean(curves, axis=0).tolist(), "best of n": best}
 
 
 if __name__ == "__main__":
-    runs.run_part("methods", methods)
+    runs.run_part("methods", methods, __doc__)

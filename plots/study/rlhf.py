@@ -3,14 +3,13 @@
     python -m plots.study.rlhf            # writes rlhf.json
 
 First a reward model learns from the offline pairs which side is chosen (arXiv 2203.02155, eq. 1).
-Then the policy writes answers itself and learns from their rewards, by REINFORCE with a baseline
-that leaves one out (RLOO, arXiv 2402.14740). The reward of an answer y to x is
+Then the policy writes answers itself and learns from their rewards by policy gradient. Its loss is
+that of `train_dpo.py --kl-weight`, with the learned reward in place of the pairs:
 
-    r(x, y) - beta (log pi(y|x) - log pi_ref(y|x)),
+    beta KL(pi || pi_ref) - r(x, y)
 
-so the policy is held near the reference by the KL of what it writes. Steps, batches, optimizer and
-learning rates to choose from are those of the methods of part 1. We left out a value function,
-clipping, and several updates on the same answers.
+Steps, batches, optimizer and learning rates to choose from are those of the methods of part 1. We
+left out a value function, clipping, and several updates on the same answers.
 """
 
 import random
@@ -20,19 +19,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import PROMPT_WIDTH, collate, is_exact, random_pairs, seen_sums
-from model import answer, chunks_of, completion_logps, generate
+from model import answer, chunks_of
 from plots.study import methods, runs
 from plots.study.interventions import wrong_sum
+from plots.study.runs import BATCH, BETA, SEEDS, STEPS
+from train_dpo import own_answers_loss
 
-BETA = 0.8
-STEPS, BATCH = 500, 128  # pairs a step of the reward model, and answers a step of the policy
-ANSWERS = 4  # to each prompt
 REWARD_LR = 1e-3
-OTHER_LR = 1e-3  # a check of the choice of the policy's rate, over all seeds as well
 LOOKS = (8, 16, 31, 62, 125, 250, 375, 500)  # steps at which the path is measured
 
 
-# ---- the two stages --------------------------------------------------------------------------
+# ---- the reward model ------------------------------------------------------------------------
 
 
 def rewards_of(reward_model, examples):
@@ -43,56 +40,37 @@ def rewards_of(reward_model, examples):
     return rewards.gather(1, last)[:, 0]
 
 
-def train_reward_model(reward_model, seed):
-    """Turns an SFT model into a reward model, by -log sigmoid(r_chosen - r_rejected)."""
+def new_reward_model(seed):
+    """The SFT model with one output in place of the logits, zero at first."""
+    reward_model, _, _ = runs.start(seed)
     reward_model.head = nn.Linear(reward_model.config.width, 1, bias=False)
     nn.init.zeros_(reward_model.head.weight)
-    rng, sums = random.Random(seed), seen_sums(reward_model.config.max_sum)
+    return reward_model
 
-    def next_loss():
+
+def train_reward_model(reward_model, seed):
+    """By -log sigmoid(r_chosen - r_rejected)."""
+    rng, sums = random.Random(seed), seen_sums(reward_model.config.max_sum)
+    optimizers = [runs.adamw(reward_model, REWARD_LR)]
+    for step in range(1, STEPS + 1):
         pairs = random_pairs(rng, BATCH, sums, 3)
         chosen = rewards_of(reward_model, [(x, chosen) for x, chosen, _ in pairs])
         rejected = rewards_of(reward_model, [(x, rejected) for x, _, rejected in pairs])
-        return -F.logsigmoid(chosen - rejected).mean()
-
-    runs.train(runs.adamw(reward_model), REWARD_LR, STEPS, next_loss)
-
-
-def rloo_loss(policy, reference, prompts, reward, beta, answers=ANSWERS):
-    """The policy gradient of answers to `prompts`, in which each prompt stands `answers` times.
-
-    `reward` maps examples to (B,). The baseline of an answer is the mean of the others.
-    """
-    examples = list(zip(prompts, generate(policy, prompts)))
-    batch = collate(examples)
-    logps = completion_logps(policy, *batch)  # (B,)
-    with torch.no_grad():
-        kl = logps - completion_logps(reference, *batch)
-        returns = (reward(examples) - beta * kl).view(-1, answers)  # (prompts, answers)
-        mean_of_others = (returns.sum(1, keepdim=True) - returns) / (answers - 1)
-        advantages = (returns - mean_of_others).flatten()  # (B,)
-    return -(advantages * logps).mean()
+        loss = -F.logsigmoid(chosen - rejected).mean()
+        runs.update(optimizers, loss, step, STEPS)
 
 
-def train_policy(policy, reference, reward_model, lr, beta, seed):
-    """RLOO with the learned reward. Returns the path of the policy, from step 0 on."""
-    torch.manual_seed(seed)
-    rng, sums = random.Random(seed), seen_sums(policy.config.max_sum)
-    path = [runs.look(policy, reference, 0)]
-
-    def next_loss():
-        prompts = [f"{n}=" for n in rng.choices(sums, k=BATCH // ANSWERS) for _ in range(ANSWERS)]
-        return rloo_loss(policy, reference, prompts, lambda e: rewards_of(reward_model, e), beta)
-
-    def after_step(step):
-        if step in LOOKS:
-            path.append(runs.look(policy, reference, step))
-
-    runs.train(runs.adamw(policy), lr, STEPS, next_loss, after_step)
-    return path
+def reward_path(seed):
+    return runs.RUNS / f"reward_{seed}.pt"
 
 
-# ---- what is measured ------------------------------------------------------------------------
+def learn_rewards(seed):
+    """Trains and keeps a reward model. Returns what is measured of it."""
+    reward_model = new_reward_model(seed)
+    train_reward_model(reward_model, seed)
+    torch.save(reward_model.state_dict(), reward_path(seed))
+    _, reference, _ = runs.start(seed)
+    return about_rewards(reward_model, reference, seed)
 
 
 def kinds_of_answers(seed, sums):
@@ -110,16 +88,14 @@ def kinds_of_answers(seed, sums):
 
 @torch.no_grad()
 def about_rewards(reward_model, reference, seed):
-    """Mean and deviation of the learned reward by kind of answer, and an estimate of its optimum.
+    """The mean learned reward by kind of answer, and an estimate of its optimum.
 
     The optimum weighs answers of the reference to a sum by exp(r / beta) (arXiv 2305.18290, eq. 4).
     """
-    sums = seen_sums(reference.config.max_sum)
-    result = {}
-    for kind, examples in kinds_of_answers(seed, sums).items():
-        rewards = rewards_of(reward_model, examples)
-        result[kind] = [rewards.mean().item(), rewards.std().item()]
-    samples, generator = runs.SAMPLES, torch.Generator().manual_seed(seed)
+    sums, samples = seen_sums(reference.config.max_sum), runs.SAMPLES
+    kinds = kinds_of_answers(seed, sums)
+    result = {kind: rewards_of(reward_model, kinds[kind]).mean().item() for kind in kinds}
+    generator = torch.Generator().manual_seed(seed)
     answers = answer(reference, [n for n in sums for _ in range(samples)], generator=generator)
     rewards = torch.cat([rewards_of(reward_model, chunk) for chunk in chunks_of(answers)])
     scaled = (rewards.double() / BETA).view(-1, samples)  # (sums, samples)
@@ -135,38 +111,52 @@ def about_rewards(reward_model, reference, seed):
     return result
 
 
-def run(lr, beta, seed):
-    """The result of one run, both stages."""
+# ---- the policy ------------------------------------------------------------------------------
 
-    def compute():
-        policy, reference, p = runs.start(seed)
-        reward_model, _, _ = runs.start(seed)
-        train_reward_model(reward_model, seed)
-        looks = train_policy(policy, reference, reward_model, lr, beta, seed)
-        samples = runs.SAMPLES if seed in methods.SEEDS else runs.SAMPLES // 5
-        result = methods.asked_of(policy, reference, p, seed, samples)
-        return result | {"rewards": about_rewards(reward_model, reference, seed), "looks": looks}
 
-    return runs.kept(f"rlhf_{runs.name_of({'lr': lr, 'beta': beta}, seed)}", compute)
+def run(settings, seed):
+    """The result of a policy that is trained with the learned reward, and its path from step 0."""
+    policy, reference, p = runs.start(seed)
+    reward_model = new_reward_model(seed)
+    reward_model.load_state_dict(torch.load(reward_path(seed)))
+    looks = train_policy(policy, reference, reward_model, settings, seed)
+    return methods.asked_of(policy, reference, p, seed) | {"looks": looks}
+
+
+def train_policy(policy, reference, reward_model, settings, seed):
+    """Policy gradient on the learned reward. Returns the path of the policy."""
+    torch.manual_seed(seed)
+    rng, sums = random.Random(seed), seen_sums(policy.config.max_sum)
+    optimizers, path = [runs.adamw(policy, settings["lr"])], [runs.look(policy, reference, 0)]
+
+    def reward(examples):
+        return rewards_of(reward_model, examples)
+
+    for step in range(1, STEPS + 1):
+        prompts = [f"{n}=" for n in rng.choices(sums, k=BATCH)]
+        loss = own_answers_loss(policy, reference, prompts, settings["beta"], reward)
+        runs.update(optimizers, loss, step, STEPS)
+        if step in LOOKS:
+            path.append(runs.look(policy, reference, step))
+    return path
 
 
 def rlhf(pool):
-    """The content of rlhf.json: like a method of part 1."""
-    runs.train_sft_models(pool, (0, *methods.SEEDS))
-    tried = runs.gather("rates", {lr: pool.submit(run, lr, BETA, 0) for lr in methods.RATES})
-    tried = [({"lr": lr}, result) for lr, result in tried.items()]
-    best = methods.best_of(tried)
-    content = {"settings": best, "tried": methods.shares_of(tried), "other lr": OTHER_LR}
-    settings = {  # name: (lr, beta, seeds)
-        "runs": (best["lr"], BETA, methods.SEEDS),
-        "other": (OTHER_LR, BETA, methods.SEEDS),
-        "without kl": (best["lr"], 0, methods.FEWER),
+    """The content of rlhf.json: like a method of part 1, and without the KL."""
+    runs.train_sft_models(pool, (0, *SEEDS))
+    seeds = [(seed,) for seed in (0, *SEEDS)]
+    content = runs.gather(pool, "reward models", learn_rewards, {"rewards": seeds})
+    content["rewards"] = content["rewards"][1:]
+    variants = {"RLHF": [{"beta": BETA}]}
+    tried = methods.try_settings(pool, run, variants, methods.most_preferred)["RLHF"]
+    best = methods.most_preferred(tried)
+    tasks = {
+        "runs": [(best, seed) for seed in SEEDS],
+        "without kl": [(best | {"beta": 0}, seed) for seed in SEEDS],
     }
-    for name, (lr, beta, seeds) in settings.items():
-        results = runs.gather(name, {seed: pool.submit(run, lr, beta, seed) for seed in seeds})
-        content[name] = list(results.values())
-    return content
+    content |= {"settings": best, "tried": methods.shares_of(tried)}
+    return content | runs.gather(pool, "policies", run, tasks)
 
 
 if __name__ == "__main__":
-    runs.run_part("rlhf", rlhf)
+    runs.run_part("rlhf", rlhf, __doc__)

@@ -1,27 +1,30 @@
 """What the parts of the study share: the SFT models, what is measured, workers, kept results.
 
-A part is a command such as `python -m plots.study.methods`. It runs one training a core, keeps each
-result as soon as it has it, and writes one JSON when all are there; started again, it goes on where
-it stopped. Results are kept for this code only: a change of the scripts trains anew.
+A part is a command such as `python -m plots.study.methods`. It runs one training per core, keeps
+each result as soon as it has it, and writes one JSON when all are there. Started again, it goes on
+where it stopped. A checkpoint is kept for the code of the scripts. A result is kept for the code of
+its part and of all that the part imports. When that code changes, both are made anew.
 """
 
+import argparse
 import contextlib
+import functools
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import multiprocessing
-import os
 import random
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import data
 import evaluate
-import model
 import train_dpo
 import train_sft
 from data import MIN_SUM, entropy_floor, is_preferred, parse, random_equations
@@ -31,35 +34,47 @@ from plots.study import frontier
 from train_sft import learning_rate
 
 FOLDER = Path(__file__).parent
-SAMPLES = 100  # answers to every sum; a fifth of them where only a rate is chosen
+BETA, STEPS, BATCH = 0.8, 500, 128  # the defaults of train_dpo.py
+SEEDS = (1, 2, 3, 4, 5)  # what the pages show; settings are chosen on seed 0
+FEWER = SEEDS[:3]  # to save time
+SAMPLES = 100  # answers to every sum; a fifth of them where only a setting is chosen
 
 
-def hash_of(*modules):
-    code = b"".join(Path(module.__file__).read_bytes() for module in modules)
+@functools.cache
+def hash_of_code(file):
+    """A hash of a file and all files of this project that it imports. Figures change no result."""
+    finder = ModuleFinder([str(FOLDER.parent.parent)], excludes=["plots.figures"])
+    finder.run_script(file)
+    files = {module.__file__ for module in finder.modules.values()} - {None}
+    code = b"".join(Path(path).read_bytes() for path in sorted(files))
     return hashlib.sha256(code).hexdigest()[:8]
 
 
-RUNS = Path("runs/study", hash_of(data, model, train_sft, train_dpo))
+RUNS = Path("runs/study", hash_of_code(train_dpo.__file__))
 
 
-# ---- one run ---------------------------------------------------------------------------------
+# ---- kept results ----------------------------------------------------------------------------
 
 
-def kept(name, compute):
-    """The result of compute(), from its file if it is there already."""
-    path = RUNS / f"{name}.json"
+def name_of(task):
+    """Of a file: ({"pairs": "offline", "lr": 0.001}, 2) gives "pairs=offline_lr=0.001_2"."""
+    words = []
+    for part in task:
+        settings = part.items() if isinstance(part, dict) else ()
+        words += [f"{flag}={value}" for flag, value in settings] or [str(part)]
+    return "_".join(words)
+
+
+def kept(run, *task):
+    """The result of run(*task), from its file if it is there already."""
+    file = inspect.getfile(run)
+    folder = RUNS / f"{Path(file).stem}-{hash_of_code(file)}"
+    path = folder / f"{name_of(task)}.json"
     if not path.exists():
-        result = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        result = run(*task)
+        folder.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(result, allow_nan=False).encode())
     return json.loads(path.read_text())
-
-
-@contextlib.contextmanager
-def silence():
-    with open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
 
 
 def trained(script, name, settings):
@@ -72,47 +87,52 @@ def trained(script, name, settings):
     return path
 
 
-def name_of(settings, seed):
-    """Of files: {"pairs": "offline", "lr": 0.001} and seed 2 give "pairs=offline_lr=0.001_2"."""
-    return "_".join([*(f"{flag}={value}" for flag, value in settings.items()), str(seed)])
+@contextlib.contextmanager
+def silence():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# ---- one run ---------------------------------------------------------------------------------
 
 
 def sft(seed):
-    """Trains an SFT model, and keeps the share of preferred answers that it gives to every sum."""
-
-    def compute():
-        reference, _, _ = load_checkpoint(trained(train_sft, f"sft_{seed}", {"seed": seed}))
-        return {"p": frontier.preferred_shares(reference, 3).tolist()}
-
-    return kept(f"sft_{seed}", compute)
+    """Trains an SFT model. Returns the share of preferred answers that it gives to every sum."""
+    reference, _, _ = load_checkpoint(trained(train_sft, f"sft_{seed}", {"seed": seed}))
+    return frontier.preferred_shares(reference, 3).tolist()
 
 
 def start(seed):
     """The SFT model of a seed twice, as policy and reference, and its shares p (sums,)."""
+    p = torch.tensor(kept(sft, seed), dtype=torch.float64)
     policy, reference = (load_checkpoint(RUNS / f"sft_{seed}.pt")[0] for _ in range(2))
-    return policy, reference, torch.tensor(sft(seed)["p"], dtype=torch.float64)
+    return policy, reference, p
 
 
-def train(optimizers, lr, steps, next_loss, after_step=lambda step: None):
-    """The loop of the scripts for what they cannot do: next_loss() draws a batch for a step."""
-    for step in range(1, steps + 1):
-        next_loss().backward()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(lr, step, steps)
-            optimizer.step()
-            optimizer.zero_grad()
-        after_step(step)
-
-
-def adamw(policy):
+def adamw(policy, lr):
     """The optimizer of train_dpo.py."""
-    return [torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)]
+    betas = (0.9, 0.99)
+    return torch.optim.AdamW(policy.parameters(), lr, betas=betas, weight_decay=0, fused=True)
+
+
+def update(optimizers, loss, step, steps):
+    """One step down the gradient of a loss, each optimizer at its own rate, as in train_dpo.py."""
+    loss.backward()
+    for optimizer in optimizers:
+        highest = optimizer.defaults["lr"]
+        optimizer.param_groups[0]["lr"] = learning_rate(highest, step, steps, train_dpo.FALL)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def look(policy, reference, step):
     """A point of the path of a policy: its own answers after a step."""
     with silence():
         own = train_dpo.look(policy, reference, 3, step)
+    return point_of(step, own)
+
+
+def point_of(step, own):
     return {"step": step} | {key: own[key] for key in ("kl", "preferred", "exact")}
 
 
@@ -129,14 +149,15 @@ def sampled_answers(model, samples, generator):
     return answer(model, [n for n in sums for _ in range(samples)], generator=generator)
 
 
-def measured(policy, reference, p, seed, samples=SAMPLES):
+def measured(policy, reference, p, seed):
     """What evaluate.py measures, with the parts of the KL."""
+    samples = SAMPLES if seed in SEEDS else SAMPLES // 5
     sampled = sampled_answers(policy, samples, torch.Generator().manual_seed(seed))
     logratios = logratios_of(policy, reference, sampled).double()
     preferred = torch.tensor([is_preferred(a, 3) for a in sampled])
     parts = frontier.split_kl(logratios.view(-1, samples), preferred.view(-1, samples), p)
-    result = evaluate.evaluate(policy, sampled, logratios, 3, seed)
-    return result | {"seed": seed, "kl parts": parts, "wrong": ways_to_miss(sampled)}
+    result = evaluate.result_of(policy, sampled, logratios, 3, seed)
+    return result | {"seed": seed, "kl parts": parts, "ways to miss": ways_to_miss(sampled)}
 
 
 def ways_to_miss(answers):
@@ -160,17 +181,24 @@ def start_worker():
     torch.set_num_threads(1)
 
 
-def gather(title, futures):
-    """The results of {name: future}, as {name: result}; the first that fails is named."""
-    names = {future: name for name, future in futures.items()}
-    for future in tqdm(as_completed(names), title, len(names)):
+def gather(pool, title, run, tasks):
+    """The kept results of run(*task), one per task: {name: [task, ...]} -> {name: [result, ...]}.
+
+    The first task that fails is named.
+    """
+    futures = {
+        name: [pool.submit(kept, run, *task) for task in of_name] for name, of_name in tasks.items()
+    }
+    task_of = dict(zip(sum(futures.values(), []), sum(tasks.values(), [])))
+    for future in tqdm(as_completed(task_of), title, len(task_of)):
         if future.exception():
-            raise RuntimeError(f"the run {names[future]!r} failed") from future.exception()
-    return {name: future.result() for name, future in futures.items()}
+            task = name_of(task_of[future])
+            raise RuntimeError(f"the run {task} failed") from future.exception()
+    return {name: [future.result() for future in of_name] for name, of_name in futures.items()}
 
 
 def write_part(name, study):
-    """Writes the content that `study(pool)` makes of its runs, one a core, to <name>.json."""
+    """Writes the content that `study(pool)` makes of its runs, one per core, to <name>.json."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     workers = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(torch.get_num_threads(), workers, start_worker)
@@ -186,10 +214,11 @@ def write_part(name, study):
     print(f"Wrote {name}.json; make publish writes the page from it.")
 
 
-def run_part(name, study):
+def run_part(name, study, description):
+    argparse.ArgumentParser(description=description.split("\n")[0]).parse_args()  # --help
     run_script(lambda: write_part(name, study))
 
 
 def train_sft_models(pool, seeds):
-    """Before all else, so that no two workers train the same one."""
-    gather("SFT", {f"sft_{seed}": pool.submit(sft, seed) for seed in seeds})
+    """Before all else, so that no two workers train the same one. Returns their shares p."""
+    return gather(pool, "SFT", sft, {"p": [(seed,) for seed in seeds]})["p"]
