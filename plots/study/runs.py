@@ -65,14 +65,17 @@ def name_of(task):
     return "_".join(words)
 
 
+def path_of(run, task):
+    file = inspect.getfile(run)
+    return RUNS / f"{Path(file).stem}-{hash_of_code(file)}" / f"{name_of(task)}.json"
+
+
 def kept(run, *task):
     """The result of run(*task), from its file if it is there already."""
-    file = inspect.getfile(run)
-    folder = RUNS / f"{Path(file).stem}-{hash_of_code(file)}"
-    path = folder / f"{name_of(task)}.json"
+    path = path_of(run, task)
     if not path.exists():
         result = run(*task)
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(result, allow_nan=False).encode())
     return json.loads(path.read_text())
 
