@@ -1,8 +1,8 @@
 """Stage 2, Direct Preference Optimization: the model learns to prefer right answers of three terms.
 
     python train_dpo.py           # rejects the policy's own mistakes; writes runs/dpo.pt
-    python train_dpo.py --pairs offline --out runs/x.pt                    # classic pairs: it fails
-    python train_dpo.py --pairs offline --kl-weight 0.1 --out runs/x.pt    # and what they lack
+    python train_dpo.py --pairs offline --out runs/x.pt                   # the usual pairs fail
+    python train_dpo.py --pairs offline --kl-weight 0.1 --out runs/x.pt   # what they lacked
 
 The SFT model is loaded twice: as the policy, which is trained, and as the reference, which is not.
 A pair is three strings: prompt, chosen, rejected. We left out mixed precision, gradient
@@ -100,9 +100,9 @@ def own_answers_loss(policy, reference, prompts, kl_weight, reward=lambda exampl
     """kl_weight times KL(pi || pi_ref) on answers that the policy writes now, less their reward.
 
     A DPO loss sees the strings of its pairs alone; this term sees what else became likely (HyPO,
-    arXiv 2406.01462). With a reward it is the objective of RLHF. Each prompt gets one answer. The
-    value is no KL, but the gradient is unbiased (REINFORCE): costs are held fixed, and each is
-    taken less the mean cost of the other answers. `reward` maps examples to (B,).
+    arXiv 2406.01462). With a reward it is the objective of RLHF. Costs are held fixed, each less
+    the mean of the others, so the gradient is right on average (REINFORCE), while the value says
+    nothing. `reward` maps examples (prompt, completion) to (B,).
     """
     examples = list(zip(prompts, generate(policy, prompts)))
     answers = collate(examples, policy.head.weight.device)
@@ -122,7 +122,7 @@ LOSSES = {"sigmoid": dpo_loss, "ipo": ipo_loss, "imitation": imitation_loss}
 
 
 def offline_pairs(written, policy, reference, terms):
-    """The classic choice: the generator writes both sides, and both are right."""
+    """The usual choice: both sides are written beforehand, by the generator, and both are exact."""
     return written, []
 
 

@@ -56,13 +56,13 @@ def most_terms(measured):
 
 
 def draw_histogram(axes, metrics, title, color, preferred_terms, most):
-    """Shares of answers by term count: right sums in full colour, wrong ones pale, others grey."""
+    """Shares of answers by term count: exact sums in full colour, wrong ones pale, others grey."""
     counts = range(1, most + 1)
     shares = [100 * metrics["counts"].get(str(k), 0) for k in counts]
-    right = [100 * metrics["exact_counts"].get(str(k), 0) for k in counts]
+    exact = [100 * metrics["exact_counts"].get(str(k), 0) for k in counts]
     unparsed = 100 * (1 - metrics["parse_rate"])
     axes.bar(counts, shares, color=color, alpha=0.35, label="wrong sum")
-    axes.bar(counts, right, color=color, label="right sum")
+    axes.bar(counts, exact, color=color, label="exact")
     axes.bar([0], [unparsed], color="#888888")
     for x, share in enumerate([unparsed, *shares]):
         if share >= 0.05:
@@ -121,7 +121,7 @@ def save_animation(logs, terms, folder):
 
 
 def draw_sft(log):
-    """The gap to the entropy floor and the share of right answers, over the equations seen."""
+    """The gap to the entropy floor and the share of exact answers, over the equations seen."""
     equations = [record["equations"] / 1000 for record in log]
     color = COLOURS["SFT"]
     figure = Figure(figsize=(7, 3.6))
@@ -171,9 +171,9 @@ def mass(own, terms):
     form = own["counts"].get(str(terms), 0)
     other_exact = own["exact"] - own["preferred"]
     return {
-        f"{terms} terms, right": own["preferred"],
+        f"{terms} terms, exact": own["preferred"],
         f"{terms} terms, wrong": form - own["preferred"],
-        "other count, right": other_exact,
+        "other count, exact": other_exact,
         "other count, wrong": own["parse_rate"] - form - other_exact,
         "no equation": 1 - own["parse_rate"],
     }

@@ -320,12 +320,12 @@ def test_rewards_are_those_of_the_last_tokens_and_learned_from_the_pairs(sft, re
     assert rlhf.rewards_of(reward_model, examples).tolist() == pytest.approx(expected, abs=1e-5)
     about = rlhf.about_rewards(reward_model, sft, 4)
     for kind, examples in rlhf.kinds_of_answers(4, SEEN).items():
-        right, three = "right" in kind, "3 terms" in kind
+        right, three = "exact" in kind, "3 terms" in kind
         assert all(is_exact(x + y) == right and (y.count("+") == 2) == three for x, y in examples)
         assert about[kind] == pytest.approx(
             rlhf.rewards_of(reward_model, examples).mean().item(), abs=1e-5
         )
-    assert about["3 terms, right"] > about["other count, right"] + 0.5
+    assert about["3 terms, exact"] > about["other count, exact"] + 0.5
 
 
 def test_the_optimum_of_the_learned_reward_weighs_answers_by_hand(sft, reward_model):

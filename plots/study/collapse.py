@@ -1,4 +1,4 @@
-"""Part 4 of the study: when do the classic pairs fail? One setting changed at a time.
+"""Part 4 of the study: when do offline pairs fail? One setting changed at a time.
 
     python -m plots.study.collapse            # writes collapse.json
 

@@ -35,7 +35,7 @@ def spread(values):
 def draw_methods(axes, study, runs_of):
     """The frontier, and a mark for each method: the mean of its runs, with standard deviations.
 
-    Two of the interventions mend the classic pairs, so they stand beside the methods.
+    Two of the interventions mend offline pairs, so they stand beside the methods.
     """
     shares, kls = np.array(study["methods"]["frontier"]["curve"]).T
     axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")

@@ -1,4 +1,4 @@
-"""Part 2 of the study: RLHF on the classic pairs, the long way round that DPO cuts short.
+"""Part 2 of the study: RLHF on offline pairs, the long way round that DPO cuts short.
 
     python -m plots.study.rlhf            # writes rlhf.json
 
@@ -74,13 +74,13 @@ def learn_rewards(seed):
 
 
 def kinds_of_answers(seed, sums):
-    """{kind: examples}: right and wrong sums, with three terms and with others."""
+    """{kind: examples}: exact and wrong sums, with three terms and with others."""
     rng = random.Random(seed)
     pairs = random_pairs(rng, 1000, sums, 3)
     three, other = [(x, chosen) for x, chosen, _ in pairs], [(x, side) for x, _, side in pairs]
     return {
-        "3 terms, right": three,
-        "other count, right": other,
+        "3 terms, exact": three,
+        "other count, exact": other,
         "3 terms, wrong": [(x, wrong_sum(rng, side)) for x, side in three],
         "other count, wrong": [(x, wrong_sum(rng, side)) for x, side in other],
     }

@@ -174,15 +174,15 @@ def rewards_table(study):
     """By seed: what the reward model says of three terms, and the sums of the policies."""
     rlhf, rows = study["rlhf"], []
     for rewards, with_kl, without_kl in zip(rlhf["rewards"], rlhf["runs"], rlhf["without kl"]):
-        values = [rewards[f"3 terms, {sum_is}"] for sum_is in ("right", "wrong")]
-        values += [rewards["other count, right"], EXACT(with_kl), EXACT(without_kl)]
+        values = [rewards[f"3 terms, {sum_is}"] for sum_is in ("exact", "wrong")]
+        values += [rewards["other count, exact"], EXACT(with_kl), EXACT(without_kl)]
         rows.append([str(with_kl["seed"]), *map(rounded, values)])
-    header = ["seed", "3 terms, right", "3 terms, wrong", "other count, right"]
+    header = ["seed", "3 terms, exact", "3 terms, wrong", "other count, exact"]
     return markdown([*header, "RLHF, exact", "without the KL, exact"], rows)
 
 
 def interventions_table(study):
-    """A row per variant of the classic pairs: z at the end, and what it answers."""
+    """A row per variant of offline pairs: z at the end, and what it answers."""
     columns = {"z of its pairs": itemgetter("z of pairs")}
     columns |= {"preferred": PREFERRED, "exact": EXACT, "KL": KL}
     of_variants, rows = study["interventions"], []
@@ -193,12 +193,12 @@ def interventions_table(study):
 
 
 def collapse_table(study):
-    """A row per change of one setting of the classic pairs."""
+    """A row per change of one setting of offline pairs."""
     return table("changed", OWN, study["collapse"], ["KL"])
 
 
 def looks_table(study):
-    """The policy's own answers at the start and at the first steps of the classic pairs."""
+    """The policy's own answers at the start and at the first steps of offline pairs."""
     rows = {}
     for looks in zip(*(run["looks"] for run in runs_of(study)["offline"])):
         rows[str(looks[0]["step"])] = looks
