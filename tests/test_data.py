@@ -52,18 +52,18 @@ def test_parse_takes_equations_right_or_wrong_and_nothing_else():
 
 
 def test_metrics_by_hand():
-    """Of eight answers three are right, three are off, by 1, 3 and 7, and two are no equations."""
-    right, off = ["9=3+3+3", "9=4+5", "9=9"], ["9=4+6", "12=3+3+3", "9=1+1"]
-    metrics = data.measure(right + off + ["9=", "9=4+5" + CUT_OFF], 3)
-    assert metrics.pop("counts") == {"1": 1 / 8, "2": 3 / 8, "3": 2 / 8}
-    assert metrics.pop("exact_counts") == {"1": 1 / 8, "2": 1 / 8, "3": 1 / 8}
-    mean = {"n": 8, "mae": (1 + 3 + 7) / 6}
-    assert metrics == mean | {"parse_rate": 6 / 8, "exact": 3 / 8, "preferred": 1 / 8}
+    """Of nine answers four are exact, two of them alike; three are off; two are no equations."""
+    exact, off = ["9=3+3+3", "9=3+3+3", "9=4+5", "9=9"], ["9=4+6", "12=3+3+3", "9=1+1"]
+    metrics = data.measure(exact + off + ["9=", "9=4+5" + CUT_OFF], 3)
+    assert metrics.pop("counts") == {"1": 1 / 9, "2": 3 / 9, "3": 3 / 9}
+    assert metrics.pop("exact_counts") == {"1": 1 / 9, "2": 1 / 9, "3": 2 / 9}
+    mean = {"n": 9, "mae": (1 + 3 + 7) / 7}
+    assert metrics == mean | {"parse_rate": 7 / 9, "exact": 4 / 9, "preferred": 2 / 9}
     assert data.measure(["9=", "x"], 3)["mae"] is None
-    parts = ["✓ 9=3+3+3", "2 terms", "1 terms", "+1", "-3", "-7"]
-    for x, part in zip(right + off, parts):
+    parts = ["✓ 9=3+3+3", "✓ 9=3+3+3", "2 terms", "1 terms", "+1", "-3", "-7"]
+    for x, part in zip(exact + off, parts):
         assert part in data.mark(x, 3) and data.mark(x, 3)[0] == "✗✓"[data.is_exact(x)]
-        assert (data.is_exact(x), data.is_preferred(x, 3)) == (x in right, x == "9=3+3+3")
+        assert (data.is_exact(x), data.is_preferred(x, 3)) == (x in exact, x == "9=3+3+3")
 
 
 def is_uniform(drawn, every, bound):

@@ -1,8 +1,8 @@
 """The pages say what the runs say, show code and figures that exist, and name real flags."""
 
-import ast
 import importlib
 import inspect
+import math
 import re
 from pathlib import Path
 from statistics import fmean
@@ -16,30 +16,20 @@ from plots.study import tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page: page.read_text(encoding="utf-8") for page in tables.PAGES}
-README, RESULTS = PAGES.values()
+README, RESULTS = (" ".join(page.split()) for page in PAGES.values())
 STUDY = tables.read_study()
-SENTENCES = [  # (page, sentence): {model: metric} stands for the mean over the seeds, 0.981
-    (README, "exact answers falls from {SFT: exact} to {offline: exact}"),
-    (README, "(`--nll-weight 1`): {offline + NLL: preferred} of the answers are preferred"),
-    (RESULTS, "The SFT models have a gap of {SFT: gap} nats"),
-    (README, "imitation of the chosen answers gets {imitation: preferred}"),
-    (README, "{mistakes: preferred} of the answers are preferred, and {mistakes: exact} are exact"),
-    (
-        README,
-        "{without the last term and the end: preferred} of the answers are preferred, and "
-        "{without the last term and the end: exact} are exact",
-    ),
-    (README, "also help: {half wrong sums: preferred} are preferred"),
-    (README, "{RLHF: preferred} of the answers are preferred, and {RLHF: exact} are exact"),
-    (RESULTS, "and only {offline, smoothed: exact} are exact"),
-    (RESULTS, "SFT models and β, {offline: exact} and {RLHF: exact} of the answers are exact"),
-    (RESULTS, "as those of the generator nearly do (gap {SFT: gap})"),
-    (RESULTS, "{offline: go on after the exact sum} pass the exact sum and go on"),
-    (RESULTS, "{offline: overshoot} overshoot without ever being exact"),
-    (RESULTS, "and {offline: stop short} stop short"),
-    (RESULTS, "with gaps of {width 24: gap} and {width 96: gap} nats"),
-    (RESULTS, "with five terms preferred, {five terms preferred: exact} of the answers are exact"),
+RUNS = tables.runs_of(STUDY) | STUDY["interventions"] | STUDY["collapse"]
+SENTENCES = [  # (page, sentence): {runs: metric} stands for the mean over the seeds, as 0.981
+    @@@
 ]
+
+
+def metrics_of(run):
+    """What the pages say of a run, by name."""
+    sides = run.get("offline pairs", {})
+    parts = {"excess": run["kl parts"]["excess"], "drift": run["kl parts"]["preferred"]}
+    rewards = {side: tables.BETA * sides[side] for side in sides}
+    return run | run["sampled"] | parts | rewards | {"held out": run["held out"]["exact"]}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
@@ -51,55 +41,40 @@ def test_tables_are_those_of_the_study(page):
 @pytest.mark.parametrize("page, sentence", SENTENCES, ids=range(len(SENTENCES)))
 def test_numbers_in_sentences_are_rounded_means_over_the_seeds(page, sentence):
     def mean(found):
-        model, metric = found[1].split(": ")
-        known = STUDY["collapse"] | next(iter(STUDY["interventions"].values()))
-        runs = (known | tables.methods_of(STUDY) | tables.models_of(STUDY))[model]
-        runs = [run | run.get("sampled", {}) | run.get("wrong", {}) for run in runs]
-        return f"{fmean(run[metric] for run in runs):.3f}"
+        name, metric = found[1].split(": ")
+        runs = RUNS[name]
+        runs = [metrics_of(run) for run in runs] if "kl parts" in runs[0] else runs
+        return f"{fmean(run[metric] for run in runs):.3f}".replace("-", "−")
 
-    assert re.sub(r"\{(.*?)\}", mean, sentence) in " ".join(page.split())
-
-
-def test_numbers_of_single_seeds_and_parts_are_those_of_the_runs():
-    without_kl, variants = STUDY["rlhf"]["without kl"], next(iter(STUDY["interventions"].values()))
-    for runs in (without_kl, variants["four terms, cut"], variants["the end token alone"]):
-        assert "{:.3f}, {:.3f} and {:.3f}".format(*map(tables.EXACT, runs)) in RESULTS
-    assert min(map(tables.of_three_terms, without_kl)) > 0.99
-    methods = tables.methods_of(STUDY)
-    drift, excess = (
-        fmean(run["kl parts"][part] for run in methods["online"])
-        for part in ("preferred", "excess")
-    )
-    assert f"{drift:.3f} of their {excess:.3f} nats" in RESULTS
-    ends = [
-        tables.BETA * fmean(run["offline pairs"]["rejected"] for run in methods[name])
-        for name in ("imitation", "offline")
-    ]
-    expected = "end at {:.1f}, and those of `offline` at {:.1f}".format(*ends).replace("-", "−")
-    assert expected in " ".join(RESULTS.split())
-
-
-def test_the_ceiling_of_the_chosen_reward_is_that_of_the_runs():
-    runs = tables.methods_of(STUDY)["offline"]
-    ceiling = tables.BETA * fmean(run["offline pairs"]["ceiling"] for run in runs)
-    assert RESULTS.count(f"which is {ceiling:.2f} here") == 2
+    assert re.sub(r"\{(.*?)\}", mean, sentence) in page
 
 
 def test_the_readme_shows_the_loss_as_it_is():
-    """All of dpo_loss but its docstring."""
-    source = inspect.getsource(train_dpo.dpo_loss)
-    docstring, lines = ast.parse(source).body[0].body[0], source.splitlines()
-    shown = lines[: docstring.lineno - 1] + lines[docstring.end_lineno :]
-    assert "```python\n" + "\n".join(shown) + "\n```" in README
+    """The body of dpo_loss, but for label smoothing, which is 0 by default."""
+    lines = inspect.getsource(train_dpo.dpo_loss).split('"""')[2].strip("\n").splitlines()
+    shown = [line for line in lines if "label_smoothing" not in line]
+    shown.insert(3, "    losses = -F.logsigmoid(beta * z)")
+    assert "\n".join(shown) + "\n```" in PAGES[tables.PAGES[0]]
+
+
+def test_the_worked_pair_of_the_readme_adds_up():
+    """Four log-probs, z, the loss and the share of its full pull, at beta = 0.8."""
+    number = r"(-?[0-9.]+)"
+    printed = re.search(rf"\[{number}, {number}\] \[{number}, {number}\]", README).groups()
+    chosen, rejected, ref_chosen, ref_rejected = map(float, printed)
+    z = chosen - ref_chosen - (rejected - ref_rejected)
+    weight = 1 / (1 + math.exp(0.8 * z))
+    assert f"z = {z:.2f}" in README and f"loss is {-math.log(1 - weight):.3f}" in README
+    assert f"σ(−β z) = {weight:.3f}" in README
 
 
 def test_printed_equations_and_the_pair_are_those_of_the_command(capsys):
     for flags in ("--count 4", "--pairs --count 1"):
         data.main(data.parse_args(flags.split()))
-        assert f"$ python data.py {flags}\n{capsys.readouterr().out}" in README
+        assert f"$ python data.py {flags}\n{capsys.readouterr().out}" in PAGES[tables.PAGES[0]]
 
 
-@pytest.mark.parametrize("label", evaluate.MODELS)
+@pytest.mark.parametrize("label", tables.MADE)
 def test_make_and_the_readme_train_what_the_study_chose(label):
     """Each with the settings and the learning rate that the study found best for it."""
 
@@ -108,9 +83,10 @@ def test_make_and_the_readme_train_what_the_study_chose(label):
 
     settings = STUDY["methods"]["methods"][label]["settings"]
     chosen = parsed([f"--{flag}={value}" for flag, value in settings.items()])
-    assert evaluate.label_of("", chosen) == label
+    assert evaluate.label_of(chosen) == label
     in_makefile = re.findall(r"^FLAGS_\w+ := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for shown in (["", *in_makefile], re.findall(r"python train_dpo\.py([^`\n#]*)", README)):
+    in_readme = re.findall(r"python train_dpo\.py([^`\n#]*)", PAGES[tables.PAGES[0]])
+    for shown in (["", *in_makefile], in_readme):
         assert chosen in [parsed(flags.split()) for flags in shown]
 
 
@@ -123,6 +99,6 @@ def test_every_figure_file_and_command_exists():
             importlib.import_module(script).parse_args(flags.split())
         for module in re.findall(r"python -m ([\w.]+)", text):
             assert importlib.util.find_spec(module), module
-        assert len(commands) > 8 or text is not README
+        assert len(commands) > 8 or page != tables.PAGES[0]
     for path in re.findall(r"`([a-z_/]+\.(?:py|json))`", README + RESULTS):
         assert any((folder / path).is_file() for folder in (ROOT, ROOT / "plots/study")), path

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import multiprocessing
 import random
@@ -27,7 +26,7 @@ from tqdm import tqdm
 import evaluate
 import train_dpo
 import train_sft
-from data import MIN_SUM, entropy_floor, is_preferred, parse, random_equations
+from data import MIN_SUM, entropy_floor, is_preferred, random_equations
 from data import run_script, seen_sums, write_file
 from model import answer, load_checkpoint, logps_of, logratios_of
 from plots.study import frontier
@@ -160,19 +159,7 @@ def measured(policy, reference, p, seed):
     preferred = torch.tensor([is_preferred(a, 3) for a in sampled])
     parts = frontier.split_kl(logratios.view(-1, samples), preferred.view(-1, samples), p)
     result = evaluate.result_of(policy, sampled, logratios, 3, seed)
-    return result | {"seed": seed, "kl parts": parts, "ways to miss": ways_to_miss(sampled)}
-
-
-def ways_to_miss(answers):
-    """Shares of the answers that parse and have a wrong sum, by how they miss the right one."""
-    ways = {"go on after the exact sum": 0, "overshoot": 0, "stop short": 0}
-    for n, terms in filter(None, map(parse, answers)):
-        sums = list(itertools.accumulate(terms))
-        if sums[-1] != n:
-            missed = "overshoot" if sums[-1] > n else "stop short"
-            ways["go on after the exact sum" if n in sums else missed] += 1
-    total = sum(ways.values())
-    return {way: count / total for way, count in ways.items()} if total else ways
+    return result | {"seed": seed, "kl parts": parts}
 
 
 # ---- many runs -------------------------------------------------------------------------------
