@@ -26,7 +26,6 @@ CASES = {  # flags of train_dpo.py; "pairs in a file" is done here
     "β = 5": {"beta": 5},
     "a file of 100 pairs": {"pairs in a file": 100},
     "a file of 10,000 pairs": {"pairs in a file": 10_000},
-    "two terms preferred": {"preferred-terms": 2},
     "five terms preferred": {"preferred-terms": 5},
 }
 

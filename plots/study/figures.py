@@ -18,7 +18,6 @@ OF_METHODS = {  # one name, one colour, in these figures too
     "online": "#56B4E9",
     "reference": "#8C564B",
     "reference + KL": "#C49C94",
-    "offline, IPO": "#882255",
     "offline, smoothed": "#999933",
     "RLHF": "#CC79A7",
     "RLHF without the KL": "#CC79A7",

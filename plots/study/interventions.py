@@ -133,9 +133,10 @@ def run(variant, seed):
 
 
 def interventions(pool):
-    """The content of interventions.json: {variant: results}."""
+    """The content of interventions.json: {variant: results}; part 1 has those of "offline"."""
     runs.train_sft_models(pool, FEWER)
-    tasks = {variant: [(variant, seed) for seed in FEWER] for variant in VARIANTS}
+    variants = [variant for variant in VARIANTS if variant != "offline"]
+    tasks = {variant: [(variant, seed) for seed in FEWER] for variant in variants}
     return runs.gather(pool, "variants", run, tasks)
 
 

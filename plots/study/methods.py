@@ -32,7 +32,6 @@ METHODS = {  # name: settings to choose from; all else is the default of train_d
     "online": [{"pairs": "online"}],
     "reference": [{"pairs": "reference"}],
     "reference + KL": [{"pairs": "reference", "kl-weight": 0.1}],
-    "offline, IPO": [OFFLINE | {"loss": "ipo"}],
     "offline, smoothed": [OFFLINE | {"label-smoothing": 0.1}],
 }
 ALL_SEEDS = list(METHODS)[:3]  # the others have fewer

@@ -17,7 +17,7 @@ import torch
 from data import InputError, run_script, write_file
 from evaluate import COLUMNS, markdown, rounded
 from plots.study import figures, frontier
-from plots.study.runs import BETA, FOLDER
+from plots.study.runs import BETA, FEWER, FOLDER
 
 PAGES = (FOLDER.parent.parent / "README.md", FOLDER / "README.md")
 PARTS = ("methods", "rlhf", "interventions", "collapse", "judge")
@@ -31,7 +31,6 @@ NEEDS = {  # what somebody must give: written answers, or verdicts on given ones
     "online": "a judge",
     "reference": "a judge",
     "reference + KL": "a judge",
-    "offline, IPO": "written pairs",
     "offline, smoothed": "written pairs",
     "RLHF": "written pairs",
 }
@@ -182,12 +181,16 @@ def rewards_table(study):
 
 
 def interventions_table(study):
-    """A row per variant of offline pairs: z at the end, and what it answers."""
-    columns = {"z of its pairs": itemgetter("z of pairs")}
-    columns |= {"preferred": PREFERRED, "exact": EXACT, "KL": KL}
-    of_variants, rows = study["interventions"], []
-    for name, runs in of_variants.items():
-        gain = "" if name == "offline" else paired(EXACT, runs, of_variants["offline"])
+    """A row per variant of offline pairs: z at the end, and what the policy answers."""
+
+    def z(result):
+        sides = result.get("offline pairs")  # part 1 measures both
+        return sides["chosen"] - sides["rejected"] if sides else result["z of pairs"]
+
+    columns = {"z of its pairs": z, "preferred": PREFERRED, "exact": EXACT, "KL": KL}
+    offline, rows = runs_of(study)["offline"][: len(FEWER)], []
+    for name, runs in ({"offline": offline} | study["interventions"]).items():
+        gain = "" if name == "offline" else paired(EXACT, runs, offline)
         rows.append([name, *cells_of(runs, columns, ("z of its pairs", "KL")), gain])
     return markdown(["rejected side", *columns, "exact, less offline"], rows)
 
