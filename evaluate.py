@@ -5,8 +5,7 @@
 
 Every model answers every sum, once greedily and many times by sampling. The KL from the SFT model
 is the mean of log pi - log pi_ref over a model's own sampled answers. A model is named after what
-trained it, such as "offline + KL". plots/study/ repeats all of this over seeds, and compares it
-with the exact optimum.
+trained it, such as "offline + KL". plots/study/ repeats all of this over seeds.
 """
 
 import glob
@@ -143,15 +142,12 @@ def markdown(header, rows):
 
 
 def table(results):
-    """A row a model: the share of answers with the preferred number of terms, and COLUMNS."""
+    """A row per model: the share of answers with the preferred number of terms, and COLUMNS."""
     terms, rows = str(results["task"]["preferred_terms"]), []
     for label, result in results["models"].items():
         values = [value(result) for value in COLUMNS.values()]
         rows.append([label, *map(rounded, [result["sampled"]["counts"].get(terms, 0.0), *values])])
     return markdown(["", f"{terms} terms", *COLUMNS], rows)
-
-
-# ---- the script ------------------------------------------------------------------------------
 
 
 def main(args):

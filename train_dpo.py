@@ -175,7 +175,7 @@ def parse_args(argv=None):
     parser = make_parser("Train the SFT model to prefer a number of terms.")
     add = parser.add_argument
     add("--steps", type=number(int, 1), default=500, help="updates of the weights")
-    add("--batch-size", type=number(int, 1), default=128, help="prompts a step")
+    add("--batch-size", type=number(int, 1), default=128, help="prompts per step")
     add("--lr", type=number(float, 1e-9), default=1e-3, help="highest learning rate")
     add("--sft", default="runs/sft.pt", help="checkpoint to start from, and the reference")
     add("--preferred-terms", type=int, choices=TERM_COUNTS, default=3, help="to be preferred")

@@ -29,7 +29,7 @@ def parse_args(argv=None):
     parser = make_parser("Train a small Transformer on random equations.")
     add = parser.add_argument
     add("--steps", type=number(int, 1), default=4250, help="updates of the weights")
-    add("--batch-size", type=number(int, 1), default=128, help="equations a step")
+    add("--batch-size", type=number(int, 1), default=128, help="equations per step")
     add("--lr", type=number(float, 1e-9), default=6e-3, help="highest learning rate")
     add("--depth", type=number(int, 1), default=6, help="blocks")
     add("--width", type=number(int, 1), default=48, help="width of the residual stream")

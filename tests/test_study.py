@@ -388,7 +388,7 @@ def test_the_variant_offline_ends_in_the_weights_of_the_script():
 def test_collapse_trains_on_the_pairs_of_its_file():
     settings = {"pairs in a file": 7} | SHORT
     collapse.run(settings, 1)
-    name = runs.name_of(({"pairs": "offline", "lr": collapse.LR} | settings, 1))
+    name = runs.name_of(({"pairs": "offline", "lr": runs.OFFLINE_LR} | settings, 1))
     _, args, _ = load_checkpoint(runs.RUNS / f"{name}.pt")
     assert read_pairs(args["pairs"], 100) == random_pairs(random.Random(1), 7, seen_sums(), 3)
 
@@ -506,7 +506,7 @@ def test_the_other_parts_have_all_runs(study):
     assert len({results[0]["z of pairs"] for results in study["interventions"].values()}) == 5
     assert [seeds_of(x) for x in study["collapse"].values()] == [[1, 2, 3]] * 2
     assert len({results[0]["kl"] for results in study["collapse"].values()}) == 2
-    for entry in study["judge"]["study"]:
+    for entry in study["judge"]["study"].values():
         beta, results = entry["settings"]["beta"], entry["runs"]
         assert seeds_of(results) == [1, 2, 3] and len(entry["tried"]) == 2
         for result in results:

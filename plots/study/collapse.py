@@ -16,9 +16,8 @@ import train_dpo
 from data import measure, write_file
 from model import load_checkpoint, logratios_of
 from plots.study import runs
-from plots.study.runs import FEWER
+from plots.study.runs import FEWER, OFFLINE_LR
 
-LR = 3e-4  # that of offline
 SAMPLES = 25  # answers to every sum
 CASES = {  # flags of train_dpo.py; "pairs in a file" is done here
     "nothing": {},
@@ -41,7 +40,7 @@ def file_of_pairs(count, seed):
 
 def run(changed, seed):
     """The result of one run, with some settings changed: metrics and the KL."""
-    settings = {"pairs": "offline", "lr": LR} | changed
+    settings = {"pairs": "offline", "lr": OFFLINE_LR} | changed
     name = runs.name_of((settings, seed))  # that of part 1, if it has the same run
     settings |= {"seed": seed, "sft": runs.RUNS / f"sft_{seed}.pt"}
     if count := settings.pop("pairs in a file", None):

@@ -138,7 +138,7 @@ def draw_judge(judge):
     axes.plot(betas, 100 * shares, color="black", label="exact optimum")
     for i, (kind, (color, marker)) in enumerate(JUDGED.items()):
         style = {"color": color, "marker": marker, "linestyle": "none", "capsize": 3, "label": kind}
-        for entry in judge["study"]:
+        for entry in judge["study"].values():
             if entry["settings"]["kind"] == kind:
                 beside = entry["settings"]["beta"] * 1.06 ** (i - 1)
                 ends = [100 * run["preferred"] for run in entry["runs"]]
@@ -147,7 +147,7 @@ def draw_judge(judge):
                 axes.plot(beside, optimum, color="black", marker="_", markersize=14)
                 style["label"] = None  # once in the legend
     axes.set_xscale("log")
-    ticks = sorted({entry["settings"]["beta"] for entry in judge["study"]})
+    ticks = sorted({entry["settings"]["beta"] for entry in judge["study"].values()})
     axes.set_xticks(ticks, [f"{beta:g}" for beta in ticks])
     axes.minorticks_off()
     axes.set_ylim(0, 100)

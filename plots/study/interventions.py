@@ -13,10 +13,9 @@ import torch
 from data import collate, composition, encode, random_pairs, seen_sums
 from model import completion_logps
 from plots.study import runs
-from plots.study.runs import BATCH, BETA, FEWER, STEPS
+from plots.study.runs import BATCH, BETA, FEWER, OFFLINE_LR, STEPS
 from train_dpo import dpo_loss
 
-LR = 3e-4  # that of offline
 PAIRS, PAIR_SEED = 2000, 1_000_003  # on which z is measured at the end
 
 
@@ -128,7 +127,7 @@ def train(policy, reference, variant, lr, seed):
 def run(variant, seed):
     """The result of one run."""
     policy, reference, p = runs.start(seed)
-    z = train(policy, reference, variant, LR, seed)
+    z = train(policy, reference, variant, OFFLINE_LR, seed)
     return runs.measured(policy, reference, p, seed) | {"z of pairs": z}
 
 

@@ -92,18 +92,21 @@ def nearest(tried):
 def judge(pool):
     """The content of judge.json: every kind at every beta, and the rates that were tried."""
     ps = runs.train_sft_models(pool, (0, *FEWER))[1:]
-    grid = [{"kind": kind, "beta": beta} for kind in KINDS for beta in BETAS]
-    tried = try_settings(pool, run, {i: [settings] for i, settings in enumerate(grid)}, nearest)
-    tasks = {i: [(nearest(tried[i]), seed) for seed in FEWER] for i in tried}
+    variants = {f"{k}, β = {b}": [{"kind": k, "beta": b}] for k in KINDS for b in BETAS}
+    tried = try_settings(pool, run, variants, nearest)
+    tasks = {name: [(nearest(tried[name]), seed) for seed in FEWER] for name in variants}
     results = runs.gather(pool, "judge", run, tasks)
-    study = [{"settings": nearest(tried[i]), "tried": tried[i], "runs": results[i]} for i in tried]
+    study = {
+        name: {"settings": nearest(tried[name]), "tried": tried[name], "runs": results[name]}
+        for name in variants
+    }
     return {"study": study, "curve": curve(ps)}
 
 
 def curve(ps):
     """[beta, share of the optimum], averaged over seeds, for the figure."""
     ps = torch.tensor(ps, dtype=torch.float64)
-    betas = torch.linspace(0.2, 3, 57).tolist()
+    betas = torch.linspace(0.2, 1.2, 51).tolist()
     return [[beta, frontier.optimal_policy(ps.flatten(), 1 / beta)[0]] for beta in betas]
 
 

@@ -22,7 +22,7 @@ from plots.study.runs import FEWER, SEEDS
 
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 FIRST_RATES = (3e-4, 1e-3)
-OFFLINE = {"pairs": "offline"}
+OFFLINE, REFERENCE = {"pairs": "offline"}, {"pairs": "reference"}
 METHODS = {  # name: settings to choose from; all else is the default of train_dpo.py
     "offline": [OFFLINE],
     "offline + KL": [OFFLINE | {"kl-weight": weight} for weight in (0.03, 0.1, 0.3)],
@@ -30,8 +30,8 @@ METHODS = {  # name: settings to choose from; all else is the default of train_d
     "offline + NLL": [OFFLINE | {"nll-weight": 1}],
     "imitation": [OFFLINE | {"loss": "imitation"}],
     "online": [{"pairs": "online"}],
-    "reference": [{"pairs": "reference"}],
-    "reference + KL": [{"pairs": "reference", "kl-weight": 0.1}],
+    "reference": [REFERENCE],
+    "reference + KL": [REFERENCE | {"kl-weight": weight} for weight in (0.03, 0.1)],
     "offline, smoothed": [OFFLINE | {"label-smoothing": 0.1}],
 }
 ALL_SEEDS = list(METHODS)[:3]  # the others have fewer

@@ -213,7 +213,7 @@ def looks_table(study):
 def judge_table(study):
     """A row per kind and beta: the optimum, the end of the runs, and the shares at all rates."""
     rows = []
-    for entry in study["judge"]["study"]:
+    for entry in study["judge"]["study"].values():
         settings, runs = entry["settings"], entry["runs"]
         optimum = [cell(run["optimum"][key] for run in runs) for key in ("preferred", "kl")]
         tried = sorted((s["lr"], result["preferred"]) for s, result in entry["tried"])
