@@ -12,7 +12,7 @@ PLOTS := plots
 
 # What sets each run apart from the defaults. The settings are those that the study found best. After
 # a change here, run `make clean` first: make compares the times of files, not flags.
-FLAGS_dpo_offline := --pairs offline --lr 3e-4
+FLAGS_dpo_offline := --pairs offline --lr 1e-5
 FLAGS_dpo_offline_kl := --pairs offline --kl-weight 0.1
 
 DPO := dpo_offline dpo_offline_kl dpo

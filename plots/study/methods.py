@@ -22,6 +22,7 @@ from plots.study.runs import FEWER, SEEDS
 
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 FIRST_RATES = (3e-4, 1e-3)
+MORE_RATES = {"offline": (1e-5,)}  # "reference" and "smoothed" are best near this one
 OFFLINE, REFERENCE = {"pairs": "offline"}, {"pairs": "reference"}
 METHODS = {  # name: settings to choose from; all else is the default of train_dpo.py
     "offline": [OFFLINE],
@@ -35,7 +36,6 @@ METHODS = {  # name: settings to choose from; all else is the default of train_d
     "offline, smoothed": [OFFLINE | {"label-smoothing": 0.1}],
 }
 ALL_SEEDS = list(METHODS)[:3]  # the others have fewer
-LOW_RATES = (1e-5, 3e-5)  # other methods are best at these, so "offline" has them as well
 KL_WEIGHTS = (0.03, 0.1, 0.2, 0.8)
 EQUATIONS, EQUATION_SEED = 20_000, 1_000_004  # on which the gap of SFT is measured
 PAIRS, PAIR_SEED = 2000, 1_000_003  # offline pairs whose two sides every model is asked about
@@ -113,8 +113,9 @@ def try_settings(pool, run, variants, best_of):
 
     Starts at FIRST_RATES, and goes on until the rates next to the best one have been tried.
     """
+    rates = {name: (*MORE_RATES.get(name, ()), *FIRST_RATES) for name in variants}
     to_try = {
-        name: [settings | {"lr": lr} for settings in of_name for lr in FIRST_RATES]
+        name: [settings | {"lr": lr} for settings in of_name for lr in rates[name]]
         for name, of_name in variants.items()
     }
     tried = {name: [] for name in variants}
@@ -138,9 +139,6 @@ def methods(pool):
     ps = runs.train_sft_models(pool, (0, *SEEDS))[1:]
     content = runs.gather(pool, "SFT", run_sft, {"sft": [(seed,) for seed in SEEDS]})
     tried = try_settings(pool, run, METHODS, most_preferred)
-    low = {"offline": [(OFFLINE | {"lr": lr}, 0) for lr in LOW_RATES]}
-    low = runs.gather(pool, "low rates", run, low)["offline"]
-    tried["offline"] += [(OFFLINE | {"lr": lr}, result) for lr, result in zip(LOW_RATES, low)]
     best = {name: most_preferred(of_method) for name, of_method in tried.items()}
     tasks = {
         name: [(best[name], seed) for seed in (SEEDS if name in ALL_SEEDS else FEWER)]
