@@ -50,7 +50,7 @@ def run(settings, seed):
     checkpoint = runs.trained(train_dpo, runs.name_of((settings, seed)), flags)
     policy, _, log = load_checkpoint(checkpoint)
     _, reference, p = runs.start(seed)
-    looks = [runs.point_of(record["step"], record["own"]) for record in log if "own" in record]
+    looks = [runs.point_of(record) for record in log if "own" in record]
     return asked_of(policy, reference, p, seed) | {"looks": looks}
 
 

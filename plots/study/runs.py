@@ -131,12 +131,13 @@ def update(optimizers, loss, step, steps):
 def look(policy, reference, step):
     """A point of the path of a policy: its own answers after a step."""
     with silence():
-        own = train_dpo.look(policy, reference, 3, step)
-    return point_of(step, own)
+        return point_of({"step": step, "own": train_dpo.look(policy, reference, 3, step)})
 
 
-def point_of(step, own):
-    return {"step": step} | {key: own[key] for key in ("kl", "preferred", "exact")}
+def point_of(record):
+    """What the study keeps of a record of a log."""
+    point = {"step": record["step"], "pairs won": record.get("rewards/accuracies")}
+    return point | {key: record["own"][key] for key in ("kl", "preferred", "exact")}
 
 
 def gap_of(model, count, seed):

@@ -201,13 +201,11 @@ def collapse_table(study):
 
 
 def looks_table(study):
-    """The policy's own answers at the start and at the first steps of offline pairs."""
-    rows = {}
-    for looks in zip(*(run["looks"] for run in runs_of(study)["offline"])):
-        rows[str(looks[0]["step"])] = looks
-    start, *others = rows.items()
-    columns = {key: OWN[key] for key in ("preferred", "exact")}
-    return table("step", columns, dict([start, *others[4:6]]))
+    """The pairs that are won and the policy's own answers over the steps of offline pairs."""
+    start, *others = zip(*(run["looks"] for run in runs_of(study)["offline"]))
+    rows = {str(looks[0]["step"]): looks for looks in (start, *others[-13::4])}
+    columns = {"pairs won": itemgetter("pairs won")} | OWN
+    return table("step", columns, rows)
 
 
 def judge_table(study):
