@@ -9,10 +9,8 @@ from matplotlib.figure import Figure
 from plots.figures import COLOURS, STYLE, draw_histogram, most_terms, save
 from plots.study.runs import BETA
 
-REMEDIES = {"without the last term and the end": "#332288", "half wrong sums": "#DDCC77"}
 OF_METHODS = {  # one name, one colour, in these figures too
     **COLOURS,
-    **REMEDIES,
     "offline + NLL": "#AA3377",
     "imitation": "#000000",
     "online": "#56B4E9",
@@ -32,15 +30,11 @@ def spread(values):
 
 
 def draw_methods(axes, study, runs_of):
-    """The frontier, and a mark for each method: the mean of its runs, with standard deviations.
-
-    Two of the interventions mend offline pairs, so they stand beside the methods.
-    """
+    """The frontier, and a mark for each method: the mean of its runs, with standard deviations."""
     shares, kls = np.array(study["methods"]["frontier"]["curve"]).T
     axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
-    marks = {name: runs_of[name] for name in (*study["methods"]["methods"], "RLHF")}
-    marks |= {name: study["interventions"][name] for name in REMEDIES}
-    for i, (name, runs) in enumerate(marks.items()):
+    for i, name in enumerate((*study["methods"]["methods"], "RLHF")):
+        runs = runs_of[name]
         kl = [run["kl"] for run in runs]
         preferred = [100 * run["sampled"]["preferred"] for run in runs]
         style = {"color": OF_METHODS[name], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
