@@ -24,7 +24,7 @@ CASES = {  # flags of train_dpo.py; "pairs in a file" is done here
     "β = 0.1": {"beta": 0.1},
     "β = 5": {"beta": 5},
     "a file of 100 pairs": {"pairs in a file": 100},
-    "a file of 1,000 pairs": {"pairs in a file": 1000},
+    "a file of 10,000 pairs": {"pairs in a file": 10_000},
     "five terms preferred": {"preferred-terms": 5},
 }
 
