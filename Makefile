@@ -14,6 +14,7 @@ PLOTS := plots
 # a change here, run `make clean` first: make compares the times of files, not flags.
 FLAGS_dpo_offline := --pairs offline --lr 1e-5
 FLAGS_dpo_offline_kl := --pairs offline --kl-weight 0.1
+FLAGS_dpo := --lr 3e-3
 
 DPO := dpo_offline dpo_offline_kl dpo
 MODELS := $(RUNS)/sft.pt $(DPO:%=$(RUNS)/%.pt)

@@ -262,7 +262,7 @@ def main(args):
         nll = -policy_chosen_logps.sum() - completion_logps(policy, *unpaired).sum()
         loss = (losses.sum() + args.nll_weight * nll) / args.batch_size
         if args.kl_weight:
-            prompts = [prompt for prompt, _, _ in written[::2]]  # half of them do as well
+            prompts = [prompt for prompt, _, _ in written[::2]]  # half, to save time
             loss = loss + own_answers_loss(policy, reference, prompts, args.kl_weight)
 
         # ---- update, unless there was nothing to learn from
