@@ -39,7 +39,7 @@ SMALL = {  # the whole study in seconds: module: its constants
     rlhf: {"STEPS": 2, "BATCH": 8, "LOOKS": (1,), "SEEDS": SEEDS},
     interventions: {"STEPS": 3, "BATCH": 8, "PAIRS": 20},
     collapse: {"CASES": {"short": SHORT, "a file": {"pairs in a file": 30} | SHORT}},
-    judge: {"BETAS": (0.3, 2.0), "STEPS": 4, "PROMPTS": 3, "ANSWERS": 4, "SAMPLES": 5},
+    judge: {"STEPS": 4, "PROMPTS": 3, "ANSWERS": 4, "SAMPLES": 5},
 }
 
 

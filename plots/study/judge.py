@@ -23,7 +23,7 @@ from train_dpo import dpo_loss, own_answers_loss
 from train_sft import make_optimizers
 
 KINDS = ("online DPO", "reference DPO", "RL")
-BETAS = (0.3, 0.8, 2.0)
+BETAS = (0.3, 0.8)
 PROMPTS, ANSWERS = 8, 16  # 128 answers per step
 SAMPLES = 50  # answers to every sum, to measure a run
 
@@ -106,7 +106,7 @@ def judge(pool):
 def curve(ps):
     """[beta, share of the optimum], averaged over seeds, for the figure."""
     ps = torch.tensor(ps, dtype=torch.float64)
-    betas = torch.linspace(0.2, 3, 57).tolist()
+    betas = torch.linspace(0.2, 1.2, 51).tolist()
     return [[beta, frontier.optimal_policy(ps.flatten(), 1 / beta)[0]] for beta in betas]
 
 
