@@ -94,7 +94,9 @@ def test_the_readme_shows_the_loss_as_it_is():
 def test_the_worked_pair_of_the_readme_adds_up():
     """Four log-probs, z, the loss and the share of its full pull, at beta = 0.8."""
     number = r"(-?[0-9.]+)"
-    printed = re.search(rf"\[{number}, {number}\] \[{number}, {number}\]", README).groups()
+    printed = re.search(
+        rf"\[{number}, {number}\]\) tensor\(\[{number}, {number}\]", README
+    ).groups()
     chosen, rejected, ref_chosen, ref_rejected = map(float, printed)
     z = chosen - ref_chosen - (rejected - ref_rejected)
     weight = 1 / (1 + math.exp(0.8 * z))

@@ -69,7 +69,7 @@ def draw_frontier(study, runs_of):
     axes.set_xlabel("KL from SFT (nats, logarithmic from 2 on)")
     axes.set_ylabel("preferred answers (%)")
     close_up.set_xlim(1.25, 2.0)
-    close_up.set_ylim(95.5, 100)
+    close_up.set_ylim(92.5, 100)
     close_up.set_xlabel("KL from SFT (nats)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
@@ -95,8 +95,18 @@ def draw_rewards(runs_of):
     return figure
 
 
+def pooled(runs):
+    """The metrics of the sampled answers of all runs together."""
+    sampled = [run["sampled"] for run in runs]
+    metrics = {key: mean(s[key] for s in sampled) for key in ("parse_rate", "mae", "exact")}
+    for key in ("counts", "exact_counts"):
+        counts = set().union(*(s[key] for s in sampled))
+        metrics[key] = {k: mean(s[key].get(k, 0) for s in sampled) for k in counts}
+    return metrics | {"n": sum(s["n"] for s in sampled)}
+
+
 def draw_same_pairs(runs_of):
-    """The answers of one SFT model, and of the policies that the same offline pairs taught."""
+    """The answers of the SFT models, and of the policies that the same offline pairs taught."""
     panels = {  # title: runs
         "SFT": "SFT",
         "DPO": "offline",
@@ -104,7 +114,7 @@ def draw_same_pairs(runs_of):
         "RLHF": "RLHF",
         "RLHF without the KL": "RLHF without the KL",
     }
-    sampled = [runs_of[name][0]["sampled"] for name in panels.values()]
+    sampled = [pooled(runs_of[name]) for name in panels.values()]
     figure = Figure(figsize=(14.5, 3.6))
     row = figure.subplots(1, len(panels), sharey=True)
     for axes, (title, name), metrics in zip(row, panels.items(), sampled):
