@@ -81,6 +81,11 @@ def test_numbers_of_single_seeds_are_those_of_the_runs():
     exact = [f"{tables.EXACT(run):.3f}" for run in STUDY["rlhf"]["without kl"]]
     for page in (README, RESULTS):
         assert f"{', '.join(exact[:-1])} and {exact[-1]}" in page
+    rewards = STUDY["rlhf"]["rewards"]
+    gaps = [of_seed["3 terms, exact"] - of_seed["3 terms, wrong"] for of_seed in rewards]
+    assert f"gives exact ones {min(gaps):.1f} to {max(gaps):.1f} more than wrong ones" in RESULTS
+    kept = [f"{run['exact']:.3f}" for run in STUDY["collapse"]["β = 5"]]
+    assert f"the seeds keep {', '.join(kept[:-1])} and {kept[-1]} exact" in RESULTS
 
 
 def test_the_readme_shows_the_loss_as_it_is():

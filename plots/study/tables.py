@@ -136,7 +136,7 @@ def methods_table(study):
 
 def differences_table(study):
     """Every method less the yardstick."""
-    metrics = {EXCESS: PARTS_OF_KL[EXCESS], "preferred": PREFERRED, "exact": EXACT}
+    metrics = {EXCESS: PARTS_OF_KL[EXCESS], "preferred": PREFERRED}
     others, rows = runs_of(study)[YARDSTICK], []
     for name in [name for name in NEEDS if name != YARDSTICK]:
         runs = runs_of(study)[name]
@@ -167,17 +167,6 @@ def weights_table(study):
         predicted = [cell(values, spread=False) for values in zip(*optima)]
         rows.append([weight, *predicted, *cells_of(runs, columns)])
     return markdown(["λ", "optimum", "its KL", *columns], rows)
-
-
-def rewards_table(study):
-    """By seed: what the reward model says of three terms, and the sums of the policies."""
-    rlhf, rows = study["rlhf"], []
-    for rewards, with_kl, without_kl in zip(rlhf["rewards"], rlhf["runs"], rlhf["without kl"]):
-        values = [rewards[f"3 terms, {sum_is}"] for sum_is in ("exact", "wrong")]
-        values += [rewards["other count, exact"], EXACT(with_kl), EXACT(without_kl)]
-        rows.append([str(with_kl["seed"]), *map(rounded, values)])
-    header = ["seed", "3 terms, exact", "3 terms, wrong", "other count, exact"]
-    return markdown([*header, "RLHF, exact", "without the KL, exact"], rows)
 
 
 def interventions_table(study):
@@ -227,7 +216,6 @@ TABLES = {
     "differences": differences_table,
     "directions": directions_table,
     "weights": weights_table,
-    "rewards": rewards_table,
     "interventions": interventions_table,
     "collapse": collapse_table,
     "looks": looks_table,
