@@ -202,7 +202,9 @@ def judge_table(study):
     rows = []
     for entry in study["judge"]["study"].values():
         settings, runs = entry["settings"], entry["runs"]
-        optimum = [cell(run["optimum"][key] for run in runs) for key in ("preferred", "kl")]
+        optimum = [
+            cell((run["optimum"][key] for run in runs), spread=False) for key in ("preferred", "kl")
+        ]
         tried = sorted((s["lr"], result["preferred"]) for s, result in entry["tried"])
         by_rate = ", ".join(f"{lr:g}: {share:.2f}" for lr, share in tried)
         names = [settings["kind"], f"{settings['beta']:g}"]
