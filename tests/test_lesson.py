@@ -21,7 +21,8 @@ def change(sft, flags):
     """How preferred and exact answers change by a short run of DPO, and the pair accuracy."""
     path, flags = sft.parent / "dpo.pt", f"--steps 60 --batch-size 64 {flags}".split()
     train_dpo.main(train_dpo.parse_args([*flags, f"--sft={sft}", f"--out={path}"]))
-    first, *_, last = load_checkpoint(path)[2]
+    first, second, *_, last = load_checkpoint(path)[2]
+    assert second["rewards/accuracies"] == 0.5  # all pairs tie while policy and reference agree
     preferred, exact = (last["own"][key] - first["own"][key] for key in ("preferred", "exact"))
     return preferred, exact, last["rewards/accuracies"]
 
