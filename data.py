@@ -4,8 +4,9 @@
     python data.py --pairs --count 1000 > pairs.jsonl   # a thousand preference pairs
 
 An equation is a prompt, `43=`, and a completion, `10+30+3`. An *answer* is an equation whose
-completion a model wrote. The probability of every equation is known, for all is drawn uniformly. We
-left out data files: training draws fresh equations. What the scripts share is at the end.
+completion a model wrote. Sum, number of terms and terms are drawn uniformly, so the probability of
+every equation is known. We left out data files: training draws fresh equations. What the scripts
+share (flags, errors, writing files) is at the end.
 """
 
 import argparse
