@@ -2,8 +2,8 @@
 
 A part is a command such as `python -m plots.study.methods`. It runs one training per core, keeps
 each result as soon as it has it, and writes one JSON when all are there. Started again, it goes on
-where it stopped. A checkpoint is kept for the code of the scripts. A result is kept for the code of its
-part and of all that the part imports. When that code changes, it is made anew.
+where it stopped. A checkpoint is kept for the code of the scripts. A result is kept for the code of
+its part and of all that the part imports. When that code changes, it is made anew.
 """
 
 import argparse
