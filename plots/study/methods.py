@@ -36,7 +36,7 @@ METHODS = {  # name: settings to choose from; all else is the default of train_d
     "offline, smoothed": [OFFLINE | {"label-smoothing": 0.1}],
 }
 ALL_SEEDS = list(METHODS)[:3]  # the others have fewer
-KL_WEIGHTS = (0.1, 0.2, 0.8)
+KL_WEIGHTS = (0.03, 0.1, 0.2, 0.3, 0.8)
 EQUATIONS, EQUATION_SEED = 20_000, 1_000_004  # on which the gap of SFT is measured
 PAIRS, PAIR_SEED = 2000, 1_000_003  # offline pairs whose two sides every model is asked about
 
