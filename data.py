@@ -299,10 +299,11 @@ def check_writable(path):
 
 def write_file(path, content):
     """Writes bytes to a temporary file, which then replaces `path`, or the file it links to."""
-    temporary = Path(f"{os.path.realpath(path)}.{os.getpid()}.tmp")  # no two processes share it
+    target = os.path.realpath(path)
+    temporary = Path(f"{target}.{os.getpid()}.tmp")  # no two processes share it
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, os.path.realpath(path))
+        os.replace(temporary, target)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
     finally:

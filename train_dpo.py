@@ -234,6 +234,7 @@ def main(args):
     # ---- the loop
     even_looks = {round(i * args.steps / EVEN_LOOKS) for i in range(EVEN_LOOKS + 1)}
     early_looks = {2**i for i in range(32) if 2**i < args.steps / EVEN_LOOKS}
+    looks = even_looks | early_looks
     log = [{"step": 0, "own": look(policy, reference, terms, 0)}]
     for step in tqdm(range(1, args.steps + 1), desc="DPO"):
         # ---- learning rate
@@ -286,7 +287,7 @@ def main(args):
                 "logps/rejected": policy_rejected_logps,
             }
             record |= {name: values.mean().item() for name, values in of_pairs.items()}
-        if step in even_looks | early_looks:
+        if step in looks:
             record["own"] = look(policy, reference, terms, step)
         log.append(record)
 

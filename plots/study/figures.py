@@ -115,10 +115,11 @@ def draw_same_pairs(runs_of):
         "RLHF without the KL": "RLHF without the KL",
     }
     sampled = [pooled(runs_of[name]) for name in panels.values()]
+    most = most_terms(sampled)
     figure = Figure(figsize=(14.5, 3.6))
     row = figure.subplots(1, len(panels), sharey=True)
     for axes, (title, name), metrics in zip(row, panels.items(), sampled):
-        draw_histogram(axes, metrics, title, OF_METHODS[name], 3, most_terms(sampled))
+        draw_histogram(axes, metrics, title, OF_METHODS[name], 3, most)
     row[0].set_ylabel(f"share of {sampled[0]['n']:,} answers (%)")
     row[0].legend(loc="upper right")
     return figure

@@ -94,10 +94,11 @@ def judge(pool):
     ps = runs.train_sft_models(pool, (0, *FEWER))[1:]
     variants = {f"{k}, β = {b}": [{"kind": k, "beta": b}] for k in KINDS for b in BETAS}
     tried = try_settings(pool, run, variants, nearest)
-    tasks = {name: [(nearest(tried[name]), seed) for seed in FEWER] for name in variants}
+    best = {name: nearest(of_name) for name, of_name in tried.items()}
+    tasks = {name: [(best[name], seed) for seed in FEWER] for name in variants}
     results = runs.gather(pool, "judge", run, tasks)
     study = {
-        name: {"settings": nearest(tried[name]), "tried": tried[name], "runs": results[name]}
+        name: {"settings": best[name], "tried": tried[name], "runs": results[name]}
         for name in variants
     }
     return {"study": study, "curve": curve(ps)}

@@ -61,7 +61,8 @@ def train_reward_model(reward_model, seed):
 
 
 def reward_path(seed):
-    return runs.RUNS / f"reward_{seed}.pt"
+    """Beside the kept result of learn_rewards, so that it is of the same code."""
+    return runs.path_of(learn_rewards, (seed,)).with_suffix(".pt")
 
 
 def learn_rewards(seed):

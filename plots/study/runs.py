@@ -74,8 +74,8 @@ def kept(run, *task):
     """The result of run(*task), from its file if it is there already."""
     path = path_of(run, task)
     if not path.exists():
-        result = run(*task)
         path.parent.mkdir(parents=True, exist_ok=True)
+        result = run(*task)
         write_file(path, json.dumps(result, allow_nan=False).encode())
     return json.loads(path.read_text())
 

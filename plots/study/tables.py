@@ -114,9 +114,9 @@ PARTS_OF_KL = {
 
 def models_table(study):
     """The table of the top README: what evaluate.py prints, the error as a median over seeds."""
-    columns, rows = {"3 terms": of_three_terms} | COLUMNS, []
+    columns, rows, of_models = {"3 terms": of_three_terms} | COLUMNS, [], runs_of(study)
     for name in ("SFT", *MADE, "RLHF", "RLHF without the KL"):
-        runs = runs_of(study)[name]
+        runs = of_models[name]
         cells = dict(zip(columns, cells_of(runs, columns)))
         errors = [COLUMNS["mean abs. error"](run) for run in runs]
         cells["mean abs. error"] = rounded(median(errors))
@@ -137,10 +137,10 @@ def methods_table(study):
 def differences_table(study):
     """Every method less the yardstick."""
     metrics = {EXCESS: PARTS_OF_KL[EXCESS], "preferred": PREFERRED}
-    others, rows = runs_of(study)[YARDSTICK], []
+    of_methods, rows = runs_of(study), []
     for name in [name for name in NEEDS if name != YARDSTICK]:
-        runs = runs_of(study)[name]
-        rows.append([name, *(paired(metric, runs, others) for metric in metrics.values())])
+        both = of_methods[name], of_methods[YARDSTICK]
+        rows.append([name, *(paired(metric, *both) for metric in metrics.values())])
     return markdown(["method", *metrics], rows)
 
 
@@ -149,9 +149,9 @@ def directions_table(study):
     columns = {"preferred": PREFERRED, "exact": EXACT, "KL": KL}
     without = {"offline + KL": "offline", "RLHF": "RLHF without the KL"}
     names = {"offline": "DPO", "offline + KL": "DPO + KL", "RLHF": "RLHF"}
-    rows = []
+    of_methods, rows = runs_of(study), []
     for name in ("offline", "offline + KL", "RLHF without the KL", "RLHF"):
-        runs, others = runs_of(study)[name], runs_of(study).get(without.get(name))
+        runs, others = of_methods[name], of_methods.get(without.get(name))
         gain = paired(EXACT, runs, others) if others else ""
         rows.append([names.get(name, name), *cells_of(runs, columns), gain])
     return markdown(["", *columns, "exact, less without the KL"], rows)
@@ -199,17 +199,18 @@ def looks_table(study):
 
 def judge_table(study):
     """A row per kind and beta: the optimum, the end of the runs, and the shares at all rates."""
+    columns = {
+        "optimum": lambda r: r["optimum"]["preferred"],
+        "its KL": lambda r: r["optimum"]["kl"],
+    } | OWN
     rows = []
     for entry in study["judge"]["study"].values():
-        settings, runs = entry["settings"], entry["runs"]
-        optimum = [
-            cell((run["optimum"][key] for run in runs), spread=False) for key in ("preferred", "kl")
-        ]
+        settings, cells = entry["settings"], cells_of(entry["runs"], columns, ["optimum", "its KL"])
         tried = sorted((s["lr"], result["preferred"]) for s, result in entry["tried"])
         by_rate = ", ".join(f"{lr:g}: {share:.2f}" for lr, share in tried)
         names = [settings["kind"], f"{settings['beta']:g}"]
-        rows.append([*names, *optimum, *cells_of(runs, OWN), by_rate])
-    return markdown(["", "β", "optimum", "its KL", *OWN, "preferred by lr, seed 0"], rows)
+        rows.append([*names, *cells, by_rate])
+    return markdown(["", "β", *columns, "preferred by lr, seed 0"], rows)
 
 
 TABLES = {
