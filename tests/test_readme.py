@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = {page: page.read_text(encoding="utf-8") for page in tables.PAGES}
 README, RESULTS = (" ".join(page.split()) for page in PAGES.values())
 STUDY = tables.read_study()
-RUNS = tables.runs_of(STUDY) | STUDY["interventions"] | STUDY["collapse"]
+VARIANTS = STUDY["interventions"] | STUDY["collapse"]
+RUNS = tables.runs_of(STUDY) | {name: entry["runs"] for name, entry in VARIANTS.items()}
 SENTENCES = [  # (page, sentence): {runs: metric} stands for the mean over the seeds, as 0.981
     (README, "DPO wins {offline: pairs won} of the pairs in the end"),
     (README, "and {offline: exact} of the answers stay exact"),
@@ -83,7 +84,7 @@ def test_numbers_in_sentences_are_rounded_means_over_the_seeds(page, sentence):
 
 
 def test_numbers_of_single_seeds_are_those_of_the_runs():
-    exact = [f"{tables.EXACT(run):.3f}" for run in STUDY["rlhf"]["without kl"]]
+    exact = [f"{tables.EXACT(run):.3f}" for run in RUNS["RLHF without the KL"]]
     for page in (README, RESULTS):
         assert f"{', '.join(exact[:-1])} and {exact[-1]}" in page
     both = RUNS["offline + NLL"], RUNS["offline + KL"]
@@ -91,7 +92,7 @@ def test_numbers_of_single_seeds_are_those_of_the_runs():
     rewards = STUDY["rlhf"]["rewards"]
     gaps = [of_seed["3 terms, exact"] - of_seed["3 terms, wrong"] for of_seed in rewards]
     assert f"gives exact ones {min(gaps):.1f} to {max(gaps):.1f} more than wrong ones" in RESULTS
-    kept = [f"{run['exact']:.3f}" for run in STUDY["collapse"]["β = 5"]]
+    kept = [f"{tables.EXACT(run):.3f}" for run in RUNS["β = 5"]]
     assert f"the seeds keep {', '.join(kept[:-1])} and {kept[-1]} exact" in RESULTS
 
 

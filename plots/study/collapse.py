@@ -2,25 +2,23 @@
 
     python -m plots.study.collapse            # writes collapse.json
 
-Every run is train_dpo.py with `--pairs offline`, or with a file of such pairs, at the rate that
-part 1 chose for them.
+Every run is train_dpo.py with `--pairs offline`, or with a file of such pairs. Each case has the
+rate that is best for it.
 """
 
 import contextlib
 import io
 
-import torch
-
 import data
 import train_dpo
-from data import measure, write_file
-from model import load_checkpoint, logratios_of
+from data import write_file
+from evaluate import result_of
+from model import load_checkpoint
 from plots.study import runs
-from plots.study.runs import FEWER, OFFLINE_LR
+from plots.study.methods import OFFLINE, at_best_settings
+from plots.study.runs import FEWER
 
-SAMPLES = 25  # answers to every sum
 CASES = {  # flags of train_dpo.py; "pairs in a file" is done here
-    "nothing": {},
     "β = 0.1": {"beta": 0.1},
     "β = 5": {"beta": 5},
     "a file of 100 pairs": {"pairs in a file": 100},
@@ -38,26 +36,24 @@ def file_of_pairs(count, seed):
     return path
 
 
-def run(changed, seed):
-    """The result of one run, with some settings changed: metrics and the KL."""
-    settings = {"pairs": "offline", "lr": OFFLINE_LR} | changed
-    name = runs.name_of((settings, seed))  # that of part 1, if it has the same run
-    settings |= {"seed": seed, "sft": runs.RUNS / f"sft_{seed}.pt"}
-    if count := settings.pop("pairs in a file", None):
-        settings["pairs"] = file_of_pairs(count, seed)
-    policy, saved_args, _ = load_checkpoint(runs.trained(train_dpo, name, settings))
-    reference, _, _ = load_checkpoint(settings["sft"])
-    answers = runs.sampled_answers(policy, SAMPLES, torch.Generator().manual_seed(seed))
-    metrics = measure(answers, saved_args["preferred_terms"])
-    kl = logratios_of(policy, reference, answers).mean().item()
-    return {"seed": seed, "kl": kl} | {key: metrics[key] for key in ("preferred", "exact")}
+def run(settings, seed):
+    """The result of one run."""
+    name = runs.name_of((settings, seed))
+    flags = settings | {"seed": seed, "sft": runs.RUNS / f"sft_{seed}.pt"}
+    if count := flags.pop("pairs in a file", None):
+        flags["pairs"] = file_of_pairs(count, seed)
+    policy, saved_args, _ = load_checkpoint(runs.trained(train_dpo, name, flags))
+    _, reference, _ = runs.start(seed)
+    answers_and_logratios = runs.own_answers(policy, reference, seed)
+    terms = saved_args["preferred_terms"]
+    return result_of(policy, *answers_and_logratios, terms, seed) | {"seed": seed}
 
 
 def collapse(pool):
-    """The content of collapse.json: {case: results}."""
-    runs.train_sft_models(pool, FEWER)
-    tasks = {case: [(changed, seed) for seed in FEWER] for case, changed in CASES.items()}
-    return runs.gather(pool, "cases", run, tasks)
+    """The content of collapse.json: every case; part 1 has the runs in which nothing is changed."""
+    runs.train_sft_models(pool, (0, *FEWER))
+    variants = {case: [OFFLINE | changed] for case, changed in CASES.items()}
+    return at_best_settings(pool, run, variants, dict.fromkeys(variants, FEWER))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def draw_judge(judge):
         for entry in judge["study"].values():
             if entry["settings"]["kind"] == kind:
                 beside = entry["settings"]["beta"] * 1.06 ** (i - 1)
-                ends = [100 * run["preferred"] for run in entry["runs"]]
+                ends = [100 * run["sampled"]["preferred"] for run in entry["runs"]]
                 axes.errorbar(beside, mean(ends), spread(ends), **style)
                 optimum = 100 * mean(run["optimum"]["preferred"] for run in entry["runs"])
                 axes.plot(beside, optimum, color="black", marker="_", markersize=14)

@@ -13,7 +13,8 @@ import torch
 from data import collate, composition, encode, random_pairs, seen_sums
 from model import completion_logps
 from plots.study import runs
-from plots.study.runs import BATCH, BETA, FEWER, OFFLINE_LR, STEPS
+from plots.study.methods import at_best_settings
+from plots.study.runs import BATCH, BETA, FEWER, STEPS
 from train_dpo import dpo_loss
 
 PAIRS, PAIR_SEED = 2000, 1_000_003  # on which z is measured at the end
@@ -59,10 +60,6 @@ def four_terms(rng, pair):
     return composition(rng, int(pair[0][:-1]), 4)
 
 
-def five_terms(rng, pair):
-    return composition(rng, int(pair[0][:-1]), 5)
-
-
 def half_wrong_sums(rng, pair):
     """Every other rejected side has a wrong sum: one side of the pair with one term changed."""
     return wrong_sum(rng, rng.choice(pair[1:])) if rng.random() < 0.5 else pair[2]
@@ -81,7 +78,6 @@ VARIANTS = {  # name: (tokens that count, rejected side)
     "the end token alone": (end_alone, as_it_is),
     "without the last term and the end": (without_last_term, as_it_is),
     "four terms, cut": (without_last_two, four_terms),
-    "five terms": (all_tokens, five_terms),
     "half wrong sums": (all_tokens, half_wrong_sums),
 }
 
@@ -124,19 +120,18 @@ def train(policy, reference, variant, lr, seed):
     return ((chosen_rewards - rejected_rewards) / BETA).mean().item()
 
 
-def run(variant, seed):
-    """The result of one run."""
+def run(settings, seed):
+    """The result of one run, with the mean z of its pairs."""
     policy, reference, p = runs.start(seed)
-    z = train(policy, reference, variant, OFFLINE_LR, seed)
+    z = train(policy, reference, settings["variant"], settings["lr"], seed)
     return runs.measured(policy, reference, p, seed) | {"z of pairs": z}
 
 
 def interventions(pool):
-    """The content of interventions.json: {variant: results}; part 1 has those of "offline"."""
-    runs.train_sft_models(pool, FEWER)
-    variants = [variant for variant in VARIANTS if variant != "offline"]
-    tasks = {variant: [(variant, seed) for seed in FEWER] for variant in variants}
-    return runs.gather(pool, "variants", run, tasks)
+    """The content of interventions.json: every variant but "offline", which part 1 has."""
+    runs.train_sft_models(pool, (0, *FEWER))
+    variants = {name: [{"variant": name}] for name in VARIANTS if name != "offline"}
+    return at_best_settings(pool, run, variants, dict.fromkeys(variants, FEWER))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import random
 
 import torch
 
-from data import collate, is_preferred, measure, seen_sums
-from model import completion_logps, generate, logratios_of
+from data import collate, is_preferred, seen_sums
+from model import completion_logps, generate
 from plots.study import frontier, runs
-from plots.study.methods import try_settings
+from plots.study.methods import at_best_settings
 from plots.study.runs import FEWER, STEPS
 from train_dpo import dpo_loss, own_answers_loss
 from train_sft import make_optimizers
@@ -25,7 +25,6 @@ from train_sft import make_optimizers
 KINDS = ("online DPO", "reference DPO", "RL")
 BETAS = (0.3, 0.8)
 PROMPTS, ANSWERS = 8, 16  # 128 answers per step
-SAMPLES = 50  # answers to every sum, to measure a run
 
 
 def reward(examples):
@@ -76,16 +75,14 @@ def run(settings, seed):
     """What a run ends at, beside the optimum."""
     policy, reference, p = runs.start(seed)
     train(policy, reference, settings, seed)
-    answers = runs.sampled_answers(policy, SAMPLES, torch.Generator().manual_seed(seed))
-    metrics = measure(answers, 3) | {"kl": logratios_of(policy, reference, answers).mean().item()}
     share, kl = frontier.optimal_policy(p, 1 / settings["beta"])
-    result = {"seed": seed, "optimum": {"preferred": share, "kl": kl}}
-    return result | {key: metrics[key] for key in ("preferred", "exact", "kl")}
+    optimum = {"preferred": share, "kl": kl}
+    return runs.measured(policy, reference, p, seed) | {"optimum": optimum}
 
 
 def nearest(tried):
     """The settings whose share of preferred answers is nearest to that of the optimum."""
-    distances = [abs(r["preferred"] - r["optimum"]["preferred"]) for _, r in tried]
+    distances = [abs(r["sampled"]["preferred"] - r["optimum"]["preferred"]) for _, r in tried]
     return tried[distances.index(min(distances))][0]
 
 
@@ -93,14 +90,7 @@ def judge(pool):
     """The content of judge.json: every kind at every beta, and the rates that were tried."""
     ps = runs.train_sft_models(pool, (0, *FEWER))[1:]
     variants = {f"{k}, β = {b}": [{"kind": k, "beta": b}] for k in KINDS for b in BETAS}
-    tried = try_settings(pool, run, variants, nearest)
-    best = {name: nearest(of_name) for name, of_name in tried.items()}
-    tasks = {name: [(best[name], seed) for seed in FEWER] for name in variants}
-    results = runs.gather(pool, "judge", run, tasks)
-    study = {
-        name: {"settings": best[name], "tried": tried[name], "runs": results[name]}
-        for name in variants
-    }
+    study = at_best_settings(pool, run, variants, dict.fromkeys(variants, FEWER), nearest)
     return {"study": study, "curve": curve(ps)}
 
 

@@ -2,10 +2,10 @@
 
     python -m plots.study.methods            # writes methods.json
 
-Every method has the same steps, batches and learning rates to choose from. The settings are chosen
-on seed 0 and reported over other seeds. A rate is chosen only when the next lower and the next
-higher one were tried as well. The method with the KL on the policy's own answers is also run with
-other weights of that KL.
+Every method has the same steps, batches and learning rates to choose from, and so has every row of
+the other parts. The settings are chosen on seed 0 and reported over other seeds. A rate is chosen
+only when the next lower and the next higher one were tried as well. The method with the KL on the
+policy's own answers is also run with other weights of that KL.
 """
 
 import math
@@ -21,8 +21,7 @@ from plots.study import frontier, runs
 from plots.study.runs import FEWER, SEEDS
 
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-FIRST_RATES = (3e-4, 1e-3)
-MORE_RATES = {"offline": (1e-5,), "reference": (1e-5,)}  # losses that collapse at higher rates
+FIRST_RATES = (1e-5, 3e-4, 1e-3)
 OFFLINE, REFERENCE = {"pairs": "offline"}, {"pairs": "reference"}
 METHODS = {  # name: settings to choose from; all else is the default of train_dpo.py
     "offline": [OFFLINE],
@@ -35,7 +34,7 @@ METHODS = {  # name: settings to choose from; all else is the default of train_d
     "reference + KL": [REFERENCE | {"kl-weight": weight} for weight in (0.03, 0.1)],
     "offline, smoothed": [OFFLINE | {"label-smoothing": 0.1}],
 }
-ALL_SEEDS = list(METHODS)[:3]  # the others have fewer
+SEEDS_OF = {name: FEWER for name in METHODS} | {name: SEEDS for name in list(METHODS)[:3]}
 KL_WEIGHTS = (0.03, 0.1, 0.2, 0.3, 0.8)
 EQUATIONS, EQUATION_SEED = 20_000, 1_000_004  # on which the gap of SFT is measured
 PAIRS, PAIR_SEED = 2000, 1_000_003  # offline pairs whose two sides every model is asked about
@@ -103,19 +102,13 @@ def most_preferred(tried):
     return tried[best][0]
 
 
-def shares_of(tried):
-    """[settings, share of preferred answers, share of exact ones] of all that was tried."""
-    return [[s, r["sampled"]["preferred"], r["sampled"]["exact"]] for s, r in tried]
-
-
-def try_settings(pool, run, variants, best_of):
+def tried_settings(pool, run, variants, best_of):
     """{name: all (settings, result) that were tried on seed 0} for {name: settings to start from}.
 
     Starts at FIRST_RATES, and goes on until the rates next to the best one have been tried.
     """
-    rates = {name: (*MORE_RATES.get(name, ()), *FIRST_RATES) for name in variants}
     to_try = {
-        name: [settings | {"lr": lr} for settings in of_name for lr in rates[name]]
+        name: [settings | {"lr": lr} for settings in of_name for lr in FIRST_RATES]
         for name, of_name in variants.items()
     }
     tried = {name: [] for name in variants}
@@ -131,6 +124,29 @@ def try_settings(pool, run, variants, best_of):
     return tried
 
 
+def at_best_settings(pool, run, variants, seeds_of, best_of=most_preferred):
+    """{name: its best settings, what was tried on seed 0, and its runs over seeds_of[name]}.
+
+    What was tried: a list of [settings, share of preferred answers, share of exact ones].
+    """
+    tried = tried_settings(pool, run, variants, best_of)
+    best = {name: best_of(tried[name]) for name in variants}
+    tasks = {name: [(best[name], seed) for seed in seeds_of[name]] for name in variants}
+    results = runs.gather(pool, "runs", run, tasks)
+
+    def shares(result):
+        return [result["sampled"][key] for key in ("preferred", "exact")]
+
+    return {
+        name: {
+            "settings": best[name],
+            "tried": [[settings, *shares(result)] for settings, result in tried[name]],
+            "runs": results[name],
+        }
+        for name in variants
+    }
+
+
 # ---- the part --------------------------------------------------------------------------------
 
 
@@ -138,20 +154,10 @@ def methods(pool):
     """The content of methods.json."""
     ps = runs.train_sft_models(pool, (0, *SEEDS))[1:]
     content = runs.gather(pool, "SFT", run_sft, {"sft": [(seed,) for seed in SEEDS]})
-    tried = try_settings(pool, run, METHODS, most_preferred)
-    best = {name: most_preferred(of_method) for name, of_method in tried.items()}
+    content["methods"] = at_best_settings(pool, run, METHODS, SEEDS_OF)
+    best = content["methods"]["offline + KL"]["settings"]
     tasks = {
-        name: [(best[name], seed) for seed in (SEEDS if name in ALL_SEEDS else FEWER)]
-        for name in METHODS
-    }
-    results = runs.gather(pool, "methods", run, tasks)
-    content["methods"] = {
-        name: {"settings": best[name], "tried": shares_of(tried[name]), "runs": results[name]}
-        for name in METHODS
-    }
-    tasks = {
-        weight: [(best["offline + KL"] | {"kl-weight": weight}, seed) for seed in FEWER]
-        for weight in KL_WEIGHTS
+        weight: [(best | {"kl-weight": weight}, seed) for seed in FEWER] for weight in KL_WEIGHTS
     }
     content["kl weights"] = runs.gather(pool, "weights of the KL", run, tasks)
     return content | {"frontier": curve(ps)}

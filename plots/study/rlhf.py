@@ -143,20 +143,14 @@ def train_policy(policy, reference, reward_model, settings, seed):
 
 
 def rlhf(pool):
-    """The content of rlhf.json: like a method of part 1, and without the KL."""
+    """The content of rlhf.json: the reward models, and two methods like those of part 1."""
     runs.train_sft_models(pool, (0, *SEEDS))
     seeds = [(seed,) for seed in (0, *SEEDS)]
     content = runs.gather(pool, "reward models", learn_rewards, {"rewards": seeds})
     content["rewards"] = content["rewards"][1:]
-    variants = {"RLHF": [{"beta": BETA}]}
-    tried = methods.try_settings(pool, run, variants, methods.most_preferred)["RLHF"]
-    best = methods.most_preferred(tried)
-    tasks = {
-        "runs": [(best, seed) for seed in SEEDS],
-        "without kl": [(best | {"beta": 0}, seed) for seed in SEEDS],
-    }
-    content |= {"settings": best, "tried": methods.shares_of(tried)}
-    return content | runs.gather(pool, "policies", run, tasks)
+    variants = {"RLHF": [{"beta": BETA}], "RLHF without the KL": [{"beta": 0}]}
+    seeds_of = dict.fromkeys(variants, SEEDS)
+    return content | {"methods": methods.at_best_settings(pool, run, variants, seeds_of)}
 
 
 if __name__ == "__main__":

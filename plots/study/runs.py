@@ -36,7 +36,6 @@ FOLDER = Path(__file__).parent
 BETA, STEPS, BATCH = 0.8, 500, 128  # the defaults of train_dpo.py
 SEEDS = (1, 2, 3, 4, 5)  # what the pages show; settings are chosen on seed 0
 FEWER = SEEDS[:3]  # to save time
-OFFLINE_LR = 1e-5  # chosen in part 1
 SAMPLES = 100  # answers to every sum; a fifth of them where only a setting is chosen
 
 
@@ -147,19 +146,19 @@ def gap_of(model, count, seed):
     return -logps_of(model, equations).mean().item() - entropy_floor(equations)
 
 
-def sampled_answers(model, samples, generator):
-    """So many answers to every sum, those to one sum side by side."""
-    sums = range(MIN_SUM, model.config.max_sum + 1)
-    return answer(model, [n for n in sums for _ in range(samples)], generator=generator)
+def own_answers(policy, reference, seed):
+    """Sampled answers to every sum, those to one sum side by side, and their log-ratios."""
+    samples = SAMPLES if seed in SEEDS else SAMPLES // 5
+    sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(samples)]
+    sampled = answer(policy, sums, generator=torch.Generator().manual_seed(seed))
+    return sampled, logratios_of(policy, reference, sampled).double()
 
 
 def measured(policy, reference, p, seed):
     """What evaluate.py measures, with the parts of the KL."""
-    samples = SAMPLES if seed in SEEDS else SAMPLES // 5
-    sampled = sampled_answers(policy, samples, torch.Generator().manual_seed(seed))
-    logratios = logratios_of(policy, reference, sampled).double()
+    sampled, logratios = own_answers(policy, reference, seed)
     preferred = torch.tensor([is_preferred(a, 3) for a in sampled])
-    parts = frontier.split_kl(logratios.view(-1, samples), preferred.view(-1, samples), p)
+    parts = frontier.split_kl(logratios.view(len(p), -1), preferred.view(len(p), -1), p)
     result = evaluate.result_of(policy, sampled, logratios, 3, seed)
     return result | {"seed": seed, "kl parts": parts}
 

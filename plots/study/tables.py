@@ -48,9 +48,8 @@ def read_study():
 
 def runs_of(study):
     """{method: its runs}, with SFT and RLHF."""
-    methods = {name: method["runs"] for name, method in study["methods"]["methods"].items()}
-    rlhf = {"RLHF": study["rlhf"]["runs"], "RLHF without the KL": study["rlhf"]["without kl"]}
-    return {"SFT": study["methods"]["sft"]} | methods | rlhf
+    methods = study["methods"]["methods"] | study["rlhf"]["methods"]
+    return {"SFT": study["methods"]["sft"]} | {name: m["runs"] for name, m in methods.items()}
 
 
 # ---- cells -----------------------------------------------------------------------------------
@@ -69,12 +68,6 @@ def cell(values, spread=True):
 def cells_of(runs, columns, without_spread=()):
     """A cell per column, each a value of a run; those `without_spread` show the mean alone."""
     return [cell(map(columns[name], runs), name not in without_spread) for name in columns]
-
-
-def table(first, columns, rows, without_spread=()):
-    """A row of cells for each {name: runs}."""
-    rows = [[name, *cells_of(runs, columns, without_spread)] for name, runs in rows.items()]
-    return markdown([first, *columns], rows)
 
 
 T_95 = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216)
@@ -96,11 +89,7 @@ def of_three_terms(result):
 
 
 PREFERRED, EXACT, KL = (COLUMNS[name] for name in ("preferred", "exact", "KL (nats)"))
-OWN = {  # of a policy's own answers, where a result has no more
-    "preferred": itemgetter("preferred"),
-    "exact": itemgetter("exact"),
-    "KL": itemgetter("kl"),
-}
+OWN_ANSWERS = {"preferred": PREFERRED, "exact": EXACT, "KL": KL}
 EXCESS = "above the frontier"
 PARTS_OF_KL = {
     "drift, preferred": lambda r: r["kl parts"]["preferred"],
@@ -128,9 +117,11 @@ def methods_table(study):
     """A row per method, with what it needs and the rate that was chosen."""
     columns = {"preferred": PREFERRED, "exact": EXACT} | PARTS_OF_KL
     rows = []
-    for name, method in (study["methods"]["methods"] | {"RLHF": study["rlhf"]}).items():
-        cells = cells_of(method["runs"], columns, ("drift, preferred", "drift, others"))
-        rows.append([name, NEEDS[name], f"{method['settings']['lr']:g}", *cells])
+    methods = study["methods"]["methods"] | study["rlhf"]["methods"]
+    for name, needed in NEEDS.items():
+        runs, lr = methods[name]["runs"], methods[name]["settings"]["lr"]
+        cells = cells_of(runs, columns, ("drift, preferred", "drift, others"))
+        rows.append([name, needed, f"{lr:g}", *cells])
     return markdown(["method", "needs", "lr", *columns], rows)
 
 
@@ -146,21 +137,20 @@ def differences_table(study):
 
 def directions_table(study):
     """The KL on the policy's own answers, given to DPO and taken from RLHF."""
-    columns = {"preferred": PREFERRED, "exact": EXACT, "KL": KL}
     without = {"offline + KL": "offline", "RLHF": "RLHF without the KL"}
     names = {"offline": "DPO", "offline + KL": "DPO + KL", "RLHF": "RLHF"}
     of_methods, rows = runs_of(study), []
     for name in ("offline", "offline + KL", "RLHF without the KL", "RLHF"):
         runs, others = of_methods[name], of_methods.get(without.get(name))
         gain = paired(EXACT, runs, others) if others else ""
-        rows.append([names.get(name, name), *cells_of(runs, columns), gain])
-    return markdown(["", *columns, "exact, less without the KL"], rows)
+        rows.append([names.get(name, name), *cells_of(runs, OWN_ANSWERS), gain])
+    return markdown(["", *OWN_ANSWERS, "exact, less without the KL"], rows)
 
 
 def weights_table(study):
     """DPO with the KL on the policy's own answers, by its weight, beside the predicted optimum."""
     ps = [torch.tensor(sft["p"], dtype=torch.float64) for sft in study["methods"]["sft"]]
-    columns = {"preferred": PREFERRED, "exact": EXACT, "KL": KL, EXCESS: PARTS_OF_KL[EXCESS]}
+    columns = OWN_ANSWERS | {EXCESS: PARTS_OF_KL[EXCESS]}
     rows = []
     for weight, runs in study["methods"]["kl weights"].items():
         optima = [frontier.optimum_with_kl(p, float(weight), BETA) for p in ps[: len(runs)]]
@@ -170,31 +160,40 @@ def weights_table(study):
 
 
 def interventions_table(study):
-    """A row per variant of offline pairs: z at the end, and what the policy answers."""
+    """A row per variant of offline pairs: its rate, z at the end, and what the policy answers."""
 
     def z(result):
         sides = result.get("offline pairs")  # part 1 measures both
         return sides["chosen"] - sides["rejected"] if sides else result["z of pairs"]
 
-    columns = {"z of its pairs": z, "preferred": PREFERRED, "exact": EXACT, "KL": KL}
-    offline, rows = runs_of(study)["offline"][: len(FEWER)], []
-    for name, runs in ({"offline": offline} | study["interventions"]).items():
-        gain = "" if name == "offline" else paired(EXACT, runs, offline)
-        rows.append([name, *cells_of(runs, columns, ("z of its pairs", "KL")), gain])
-    return markdown(["rejected side", *columns, "exact, less offline"], rows)
+    columns = {"z of its pairs": z} | OWN_ANSWERS
+    return variants_table("rejected side", columns, study, "interventions")
 
 
 def collapse_table(study):
     """A row per change of one setting of offline pairs."""
-    return table("changed", OWN, study["collapse"], ["KL"])
+    return variants_table("changed", OWN_ANSWERS, study, "collapse")
+
+
+def variants_table(first, columns, study, part):
+    """A row for offline pairs and for each variant of them, at its best rate."""
+    variants, rows = {"offline": study["methods"]["methods"]["offline"]} | study[part], []
+    offline = variants["offline"]["runs"][: len(FEWER)]
+    for name, variant in variants.items():
+        runs = variant["runs"][: len(FEWER)]
+        gain = "" if name == "offline" else paired(EXACT, runs, offline)
+        cells = cells_of(runs, columns, ("z of its pairs", "KL"))
+        rows.append([name, f"{variant['settings']['lr']:g}", *cells, gain])
+    return markdown([first, "lr", *columns, "exact, less offline"], rows)
 
 
 def looks_table(study):
     """The pairs that are won and the policy's own answers over the steps of offline pairs."""
     start, *others = zip(*(run["looks"] for run in runs_of(study)["offline"]))
-    rows = {str(looks[0]["step"]): looks for looks in (start, *others[-13::4])}
-    columns = {"pairs won": itemgetter("pairs won")} | OWN
-    return table("step", columns, rows)
+    names = ("pairs won", "preferred", "exact", "kl")
+    columns = {name: itemgetter(name) for name in names}
+    rows = [[str(x[0]["step"]), *cells_of(x, columns)] for x in (start, *others[-13::4])]
+    return markdown(["step", *names[:-1], "KL"], rows)
 
 
 def judge_table(study):
@@ -202,11 +201,11 @@ def judge_table(study):
     columns = {
         "optimum": lambda r: r["optimum"]["preferred"],
         "its KL": lambda r: r["optimum"]["kl"],
-    } | OWN
+    } | OWN_ANSWERS
     rows = []
     for entry in study["judge"]["study"].values():
         settings, cells = entry["settings"], cells_of(entry["runs"], columns, ["optimum", "its KL"])
-        tried = sorted((s["lr"], result["preferred"]) for s, result in entry["tried"])
+        tried = sorted((settings["lr"], preferred) for settings, preferred, _ in entry["tried"])
         by_rate = ", ".join(f"{lr:g}: {share:.2f}" for lr, share in tried)
         names = [settings["kind"], f"{settings['beta']:g}"]
         rows.append([*names, *cells, by_rate])
