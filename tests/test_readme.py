@@ -23,7 +23,9 @@ RUNS = tables.runs_of(STUDY) | {name: entry["runs"] for name, entry in VARIANTS.
 SENTENCES = [  # (page, sentence): {runs: metric} stands for the mean over the seeds, as 0.981
     (README, "DPO wins {offline: pairs won} of the pairs in the end"),
     (README, "and {offline: exact} of the answers stay exact"),
-    (README, "most goes to wrong sums ({offline: wrong sums} of the answers)"),
+    (README, "makes wrong sums likely ({offline: wrong sums} of the answers)"),
+    (README, "counts in the loss, {the last term: exact} are exact"),
+    (README, "terms before it count, {the terms before the last: exact} are (three seeds)"),
     (README, "nothing beside it, and it works ({mistakes: preferred} preferred)"),
     (README, "{offline + NLL: preferred} preferred (three seeds)"),
     (README, "with label smoothing, {offline, smoothed: exact} are exact"),
@@ -33,10 +35,11 @@ SENTENCES = [  # (page, sentence): {runs: metric} stands for the mean over the s
     ),
     (RESULTS, "{offline + KL: preferred} preferred, {offline + KL: exact} exact"),
     (RESULTS, "keeps the sums ({RLHF: exact})"),
-    (RESULTS, "NLL beside the pairs ({offline + NLL: preferred} preferred)"),
+    (RESULTS, "NLL beside the pairs ({offline + NLL: preferred} preferred;"),
     (RESULTS, "or plain imitation of the chosen side ({imitation: preferred})"),
-    (RESULTS, "at best {β = 5: exact} are exact"),
-    (RESULTS, "leaves {the end token alone: exact} exact"),
+    (RESULTS, "at best {five terms preferred: exact} are exact"),
+    (RESULTS, "{the last term: exact} of the answers are exact. If the terms before it count"),
+    (RESULTS, "{the terms before the last: exact} are, and {the terms before the last: preferred}"),
     (RESULTS, "({online: preferred}), but {online: drift} of their {online: excess} nats above"),
     (RESULTS, "about {offline: ceiling} here"),
     (RESULTS, "({offline + NLL: chosen}); those of `offline` end at {offline: chosen}"),
@@ -92,8 +95,19 @@ def test_numbers_of_single_seeds_are_those_of_the_runs():
     rewards = STUDY["rlhf"]["rewards"]
     gaps = [of_seed["3 terms, exact"] - of_seed["3 terms, wrong"] for of_seed in rewards]
     assert f"gives exact ones {min(gaps):.1f} to {max(gaps):.1f} more than wrong ones" in RESULTS
-    kept = [f"{tables.EXACT(run):.3f}" for run in RUNS["β = 5"]]
-    assert f"the seeds keep {', '.join(kept[:-1])} and {kept[-1]} exact" in RESULTS
+    tried = STUDY["rlhf"]["methods"]["RLHF without the KL"]["tried"]
+    (exact,) = [exact for settings, _, exact in tried if settings["lr"] == 3e-4]
+    assert f"three times the rate leaves {exact:.3f} exact (seed 0)" in RESULTS
+
+
+def test_how_far_from_the_optimum_runs_with_a_noisy_judge_end():
+    """Two betas for each kind, in the order of the table."""
+    online, online_2, reference, _, rl, rl_2 = (
+        f"{fmean(r['optimum']['preferred'] - tables.PREFERRED(r) for r in entry['runs']):.2f}"
+        for entry in STUDY["judge"]["study"].values()
+    )
+    assert f"DPO ends {online} and {online_2} below the optimum, and RL {rl} and {rl_2}" in RESULTS
+    assert f"stops short by {reference} at β = 0.3" in RESULTS
 
 
 def test_the_readme_shows_the_loss_as_it_is():

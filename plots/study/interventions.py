@@ -1,16 +1,17 @@
-"""Part 3 of the study: which rejected sides do the harm? Some are cut short, others exchanged.
+"""Part 3 of the study: which tokens of the rejected sides do the harm?
 
     python -m plots.study.interventions            # writes interventions.json
 
 Every variant is `offline` of train_dpo.py, with one change. Either some tokens of the rejected side
-are left out of its log-prob, in policy and reference alike; or the rejected sides are others.
+are left out of its log-prob, in policy and reference alike; or every other rejected side is a wrong
+sum.
 """
 
 import random
 
 import torch
 
-from data import collate, composition, encode, random_pairs, seen_sums
+from data import collate, encode, random_pairs, seen_sums
 from model import completion_logps
 from plots.study import runs
 from plots.study.methods import at_best_settings
@@ -20,7 +21,7 @@ from train_dpo import dpo_loss
 PAIRS, PAIR_SEED = 2000, 1_000_003  # on which z is measured at the end
 
 
-# ---- tokens that are left out ----------------------------------------------------------------
+# ---- tokens that count -----------------------------------------------------------------------
 # Each maps the tokens and the mask of rejected sides, (B, T) each, to the mask that counts.
 
 
@@ -28,19 +29,19 @@ def all_tokens(tokens, mask):
     return mask
 
 
-def end_alone(tokens, mask):
+def end_token(tokens, mask):
     return mask & (still_to_come(mask) == 1)
 
 
-def without_last_two(tokens, mask):
-    """Leaves out the last digit and the end token."""
-    return mask & (still_to_come(mask) > 2)
-
-
-def without_last_term(tokens, mask):
-    """Leaves out the digits after the last plus sign, and the end token."""
+def first_terms(tokens, mask):
+    """All up to the last plus sign."""
     plus = (tokens == encode("+")[0]) & mask
     return mask & (still_to_come(plus) > 0)
+
+
+def last_term(tokens, mask):
+    """The digits after the last plus sign."""
+    return mask & ~first_terms(tokens, mask) & ~end_token(tokens, mask)
 
 
 def still_to_come(mask):
@@ -54,10 +55,6 @@ def still_to_come(mask):
 
 def as_it_is(rng, pair):
     return pair[2]
-
-
-def four_terms(rng, pair):
-    return composition(rng, int(pair[0][:-1]), 4)
 
 
 def half_wrong_sums(rng, pair):
@@ -75,9 +72,9 @@ def wrong_sum(rng, completion):
 
 VARIANTS = {  # name: (tokens that count, rejected side)
     "offline": (all_tokens, as_it_is),
-    "the end token alone": (end_alone, as_it_is),
-    "without the last term and the end": (without_last_term, as_it_is),
-    "four terms, cut": (without_last_two, four_terms),
+    "the terms before the last": (first_terms, as_it_is),
+    "the last term": (last_term, as_it_is),
+    "the end token": (end_token, as_it_is),
     "half wrong sums": (all_tokens, half_wrong_sums),
 }
 
