@@ -45,7 +45,12 @@ SMALL = {  # the whole study in seconds: module: its constants
     },
     rlhf: {"STEPS": 2, "BATCH": 8, "LOOKS": (1,), "SEEDS": SEEDS},
     interventions: {"STEPS": 3, "BATCH": 8, "PAIRS": 20},
-    collapse: {"CASES": {"short": SHORT, "a file": {"pairs in a file": 30} | SHORT}},
+    collapse: {
+        "CASES": {
+            "five terms": {"preferred-terms": 5} | SHORT,
+            "a file": {"pairs in a file": 30} | SHORT,
+        }
+    },
     judge: {"STEPS": 4, "PROMPTS": 3, "ANSWERS": 4},
 }
 
@@ -282,17 +287,21 @@ def test_the_rates_beside_the_best_one_are_tried_too(monkeypatch):
 
     def run(settings, seed):
         distance = abs(math.log(settings["lr"] / best[settings["m"]]))
-        return shares(0.7 - 0.1 * distance + 0.1 * settings["b"])
+        return shares(0.7 - 0.1 * distance + 0.1 * settings["b"]) | {"run": [settings, seed]}
 
     variants = {name: [{"m": name, "b": b} for b in (1, 2)] for name in best}
     with ThreadPoolExecutor(1) as pool:
-        tried = methods.tried_settings(pool, run, variants, methods.most_preferred)
+        entries = methods.at_best_settings(pool, run, variants, dict.fromkeys(best, (4, 2)))
     first = [(b, lr) for b in (1, 2) for lr in methods.FIRST_RATES]
     more = {"low": [1e-4, 3e-5, 1e-5], "middle": [1e-4], "high": [3e-3, 1e-2]}
     more["beyond"] = more["high"]
     for name in best:
-        rates = [(settings["b"], settings["lr"]) for settings, _ in tried[name]]
+        tried, settings = entries[name]["tried"], entries[name]["settings"]
+        rates = [(settings["b"], settings["lr"]) for settings, _, _ in tried]
         assert rates == first + [(2, lr) for lr in more[name]]
+        assert tried[0][1:] == [run(tried[0][0], 0)["sampled"]["preferred"], 0.9]
+        assert settings == {"m": name, "b": 2, "lr": min(best[name], 1e-2)}
+        assert [x["run"] for x in entries[name]["runs"]] == [[settings, 4], [settings, 2]]
 
 
 # ---- RLHF ------------------------------------------------------------------------------------
@@ -509,6 +518,8 @@ def test_the_other_parts_have_all_runs(study):
         entries = of_part.values()
         assert len({entry["runs"][0]["kl"] for entry in entries}) == len(entries) > 1
         assert {tuple(seeds_of(entry["runs"])) for entry in entries} == {(1, 2, 3)}
+    for run in study["collapse"]["five terms"]["runs"]:
+        assert run["sampled"]["preferred"] == run["sampled"]["exact_counts"].get("5", 0)
     for entry in study["judge"]["study"].values():
         beta, results = entry["settings"]["beta"], entry["runs"]
         assert seeds_of(results) == [1, 2, 3] and len(entry["tried"]) == 2

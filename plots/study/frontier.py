@@ -90,4 +90,4 @@ def optimum_with_kl(p, kl_weight, beta):
     def loss(log_t):
         return math.log1p(math.exp(-beta * log_t)) + kl_weight * optimal_policy(p, log_t)[1]
 
-    return optimal_policy(p, min((i / 100 for i in range(3000)), key=loss))
+    return optimal_policy(p, min((i / 100 for i in range(1500)), key=loss))
