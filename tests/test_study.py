@@ -44,7 +44,7 @@ SMALL = {  # the whole study in seconds: module: its constants
         "SEEDS_OF": dict.fromkeys(methods.METHODS, SEEDS),
     },
     rlhf: {"STEPS": 2, "BATCH": 8, "LOOKS": (1,), "SEEDS": SEEDS},
-    interventions: {"STEPS": 3, "BATCH": 8, "PAIRS": 20},
+    interventions: {"STEPS": 3, "BATCH": 8, "PAIRS": 20, "SEEDS": SEEDS},
     collapse: {
         "CASES": {
             "five terms": {"preferred-terms": 5} | SHORT,

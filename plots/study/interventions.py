@@ -15,7 +15,7 @@ from data import collate, encode, random_pairs, seen_sums
 from model import completion_logps
 from plots.study import runs
 from plots.study.methods import at_best_settings
-from plots.study.runs import BATCH, BETA, FEWER, STEPS
+from plots.study.runs import BATCH, BETA, SEEDS, STEPS
 from train_dpo import dpo_loss
 
 PAIRS, PAIR_SEED = 2000, 1_000_003  # on which z is measured at the end
@@ -126,9 +126,9 @@ def run(settings, seed):
 
 def interventions(pool):
     """The content of interventions.json: every variant but "offline", which part 1 has."""
-    runs.train_sft_models(pool, (0, *FEWER))
+    runs.train_sft_models(pool, (0, *SEEDS))
     variants = {name: [{"variant": name}] for name in VARIANTS if name != "offline"}
-    return at_best_settings(pool, run, variants, dict.fromkeys(variants, FEWER))
+    return at_best_settings(pool, run, variants, dict.fromkeys(variants, SEEDS))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from data import InputError, run_script, write_file
 from evaluate import COLUMNS, markdown, rounded
 from plots.study import figures, frontier
-from plots.study.runs import BETA, FEWER, FOLDER
+from plots.study.runs import BETA, FOLDER
 
 PAGES = (FOLDER.parent.parent / "README.md", FOLDER / "README.md")
 PARTS = ("methods", "rlhf", "interventions", "collapse", "judge")
@@ -179,9 +179,10 @@ def collapse_table(study):
 def variants_table(first, columns, study, part):
     """A row for offline pairs and for each variant of them, at its best rate."""
     variants, rows = {"offline": study["methods"]["methods"]["offline"]} | study[part], []
-    offline = variants["offline"]["runs"][: len(FEWER)]
+    seeds = min(len(variant["runs"]) for variant in variants.values())
+    offline = variants["offline"]["runs"][:seeds]
     for name, variant in variants.items():
-        runs = variant["runs"][: len(FEWER)]
+        runs = variant["runs"][:seeds]
         gain = "" if name == "offline" else paired(EXACT, runs, offline)
         cells = cells_of(runs, columns, ("z of its pairs", "KL"))
         rows.append([name, f"{variant['settings']['lr']:g}", *cells, gain])
