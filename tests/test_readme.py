@@ -25,7 +25,10 @@ SENTENCES = [  # (page, sentence): {runs: metric} stands for the mean over the s
     (README, "and {offline: exact} of the answers stay exact"),
     (README, "makes wrong sums likely ({offline: wrong sums} of the answers)"),
     (README, "counts in the loss, {the last term: exact} are exact"),
-    (README, "terms before it count, {the terms before the last: exact} are."),
+    (
+        README,
+        "count, {the terms before the last: exact} are, and {the terms before the last: preferred}",
+    ),
     (README, "nothing beside it, and it works ({mistakes: preferred} preferred)"),
     (README, "{offline + NLL: preferred} preferred (three seeds)"),
     (README, "with label smoothing, {offline, smoothed: exact} are exact"),
