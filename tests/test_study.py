@@ -41,7 +41,6 @@ SMALL = {  # the whole study in seconds: module: its constants
         "PAIRS": 20,
         "EQUATIONS": 20,
         "SEEDS": SEEDS,
-        "SEEDS_OF": dict.fromkeys(methods.METHODS, SEEDS),
     },
     rlhf: {"STEPS": 2, "BATCH": 8, "LOOKS": (1,), "SEEDS": SEEDS},
     interventions: {"STEPS": 3, "BATCH": 8, "PAIRS": 20, "SEEDS": SEEDS},
@@ -237,6 +236,9 @@ def test_an_interrupted_study_leaves_no_worker(tmp_path):
     for process in (by_user, by_signal):
         _, errors = process.communicate(timeout=10)
         assert process.returncode == 130 and b"Traceback" not in errors
+    assert sorted(tmp_path.rglob("*")) == [
+        tmp_path / x for x in ("a", "a/started", "b", "b/started")
+    ]
 
 
 # ---- what is measured and chosen -------------------------------------------------------------
@@ -291,7 +293,7 @@ def test_the_rates_beside_the_best_one_are_tried_too(monkeypatch):
 
     variants = {name: [{"m": name, "b": b} for b in (1, 2)] for name in best}
     with ThreadPoolExecutor(1) as pool:
-        entries = methods.at_best_settings(pool, run, variants, dict.fromkeys(best, (4, 2)))
+        entries = methods.at_best_settings(pool, run, variants, (4, 2))
     first = [(b, lr) for b in (1, 2) for lr in methods.FIRST_RATES]
     more = {"low": [1e-4, 3e-5, 1e-5], "middle": [1e-4], "high": [3e-3, 1e-2]}
     more["beyond"] = more["high"]
@@ -470,7 +472,8 @@ class Pool(ThreadPoolExecutor):
 def study(sft):
     """All parts, twice: the second time from the files of the first. One method stands for all."""
     content = {}
-    settings = [s | {"lr": lr} for s in sum(methods.METHODS.values(), []) for lr in methods.RATES]
+    of_methods = sum((methods.METHODS | methods.MORE_METHODS).values(), [])
+    settings = [s | {"lr": lr} for s in of_methods for lr in methods.RATES]
     settings += [methods.OFFLINE | {"kl-weight": x, "lr": 3e-4} for x in methods.KL_WEIGHTS]
     for seed in (0, *SEEDS):
         runs.kept(runs.sft, seed)
@@ -518,6 +521,9 @@ def test_the_other_parts_have_all_runs(study):
         entries = of_part.values()
         assert len({entry["runs"][0]["kl"] for entry in entries}) == len(entries) > 1
         assert {tuple(seeds_of(entry["runs"])) for entry in entries} == {(1, 2, 3)}
+        assert {len(entry["tried"]) for entry in entries} == {2}
+    zs = [entry["runs"][0]["z of pairs"] for entry in study["interventions"].values()]
+    assert len(set(zs)) == len(zs)
     for run in study["collapse"]["five terms"]["runs"]:
         assert run["sampled"]["preferred"] == run["sampled"]["exact_counts"].get("5", 0)
     for entry in study["judge"]["study"].values():
@@ -527,7 +533,8 @@ def test_the_other_parts_have_all_runs(study):
             p = runs.start(result["seed"])[2]
             share, kl = frontier.optimal_policy(p, 1 / beta)
             assert result["optimum"] == pytest.approx({"preferred": share, "kl": kl})
-            assert 0 <= result["sampled"]["preferred"] <= 1 and result["kl"] != 0
+            sampled = result["sampled"]
+            assert 0 <= sampled["preferred"] <= sampled["exact"] <= 1 and result["kl"] != 0
 
 
 # ---- the pages -------------------------------------------------------------------------------

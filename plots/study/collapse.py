@@ -43,7 +43,7 @@ def run(settings, seed):
     if count := flags.pop("pairs in a file", None):
         flags["pairs"] = file_of_pairs(count, seed)
     policy, saved_args, _ = load_checkpoint(runs.trained(train_dpo, name, flags))
-    _, reference, _ = runs.start(seed)
+    reference, _, _ = load_checkpoint(flags["sft"])
     answers_and_logratios = runs.own_answers(policy, reference, seed)
     terms = saved_args["preferred_terms"]
     return result_of(policy, *answers_and_logratios, terms, seed) | {"seed": seed}
@@ -53,7 +53,7 @@ def collapse(pool):
     """The content of collapse.json: every case; part 1 has the runs in which nothing is changed."""
     runs.train_sft_models(pool, (0, *FEWER))
     variants = {case: [OFFLINE | changed] for case, changed in CASES.items()}
-    return at_best_settings(pool, run, variants, dict.fromkeys(variants, FEWER))
+    return at_best_settings(pool, run, variants, FEWER)
 
 
 if __name__ == "__main__":

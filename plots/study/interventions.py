@@ -128,7 +128,7 @@ def interventions(pool):
     """The content of interventions.json: every variant but "offline", which part 1 has."""
     runs.train_sft_models(pool, (0, *SEEDS))
     variants = {name: [{"variant": name}] for name in VARIANTS if name != "offline"}
-    return at_best_settings(pool, run, variants, dict.fromkeys(variants, SEEDS))
+    return at_best_settings(pool, run, variants, SEEDS)
 
 
 if __name__ == "__main__":

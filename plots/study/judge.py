@@ -90,7 +90,7 @@ def judge(pool):
     """The content of judge.json: every kind at every beta, and the rates that were tried."""
     ps = runs.train_sft_models(pool, (0, *FEWER))[1:]
     variants = {f"{k}, β = {b}": [{"kind": k, "beta": b}] for k in KINDS for b in BETAS}
-    study = at_best_settings(pool, run, variants, dict.fromkeys(variants, FEWER), nearest)
+    study = at_best_settings(pool, run, variants, FEWER, nearest)
     return {"study": study, "curve": curve(ps)}
 
 

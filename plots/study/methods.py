@@ -23,10 +23,13 @@ from plots.study.runs import FEWER, SEEDS
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 FIRST_RATES = (1e-5, 3e-4, 1e-3)
 OFFLINE, REFERENCE = {"pairs": "offline"}, {"pairs": "reference"}
-METHODS = {  # name: settings to choose from; all else is the default of train_dpo.py
+# Of each method the settings to choose from; all else is the default of train_dpo.py.
+METHODS = {
     "offline": [OFFLINE],
     "offline + KL": [OFFLINE | {"kl-weight": weight} for weight in (0.03, 0.1, 0.3)],
     "mistakes": [{"pairs": "mistakes"}],
+}
+MORE_METHODS = {  # with fewer seeds
     "offline + NLL": [OFFLINE | {"nll-weight": 1}],
     "imitation": [OFFLINE | {"loss": "imitation"}],
     "online": [{"pairs": "online"}],
@@ -34,7 +37,6 @@ METHODS = {  # name: settings to choose from; all else is the default of train_d
     "reference + KL": [REFERENCE | {"kl-weight": weight} for weight in (0.03, 0.1)],
     "offline, smoothed": [OFFLINE | {"label-smoothing": 0.1}],
 }
-SEEDS_OF = {name: FEWER for name in METHODS} | {name: SEEDS for name in list(METHODS)[:3]}
 KL_WEIGHTS = (0.03, 0.1, 0.2, 0.3, 0.8)
 EQUATIONS, EQUATION_SEED = 20_000, 1_000_004  # on which the gap of SFT is measured
 PAIRS, PAIR_SEED = 2000, 1_000_003  # offline pairs whose two sides every model is asked about
@@ -124,25 +126,21 @@ def tried_settings(pool, run, variants, best_of):
     return tried
 
 
-def at_best_settings(pool, run, variants, seeds_of, best_of=most_preferred):
-    """{name: its best settings, what was tried on seed 0, and its runs over seeds_of[name]}.
+def at_best_settings(pool, run, variants, seeds, best_of=most_preferred):
+    """{name: its best settings, what was tried on seed 0, and its runs over seeds}.
 
     What was tried: a list of [settings, share of preferred answers, share of exact ones].
     """
     tried = tried_settings(pool, run, variants, best_of)
     best = {name: best_of(tried[name]) for name in variants}
-    tasks = {name: [(best[name], seed) for seed in seeds_of[name]] for name in variants}
+    tasks = {name: [(best[name], seed) for seed in seeds] for name in variants}
     results = runs.gather(pool, "runs", run, tasks)
-
-    def shares(result):
-        return [result["sampled"][key] for key in ("preferred", "exact")]
-
+    shares = {
+        name: [[s, r["sampled"]["preferred"], r["sampled"]["exact"]] for s, r in tried[name]]
+        for name in variants
+    }
     return {
-        name: {
-            "settings": best[name],
-            "tried": [[settings, *shares(result)] for settings, result in tried[name]],
-            "runs": results[name],
-        }
+        name: {"settings": best[name], "tried": shares[name], "runs": results[name]}
         for name in variants
     }
 
@@ -154,7 +152,8 @@ def methods(pool):
     """The content of methods.json."""
     ps = runs.train_sft_models(pool, (0, *SEEDS))[1:]
     content = runs.gather(pool, "SFT", run_sft, {"sft": [(seed,) for seed in SEEDS]})
-    content["methods"] = at_best_settings(pool, run, METHODS, SEEDS_OF)
+    content["methods"] = at_best_settings(pool, run, METHODS, SEEDS)
+    content["methods"] |= at_best_settings(pool, run, MORE_METHODS, FEWER)
     best = content["methods"]["offline + KL"]["settings"]
     tasks = {
         weight: [(best | {"kl-weight": weight}, seed) for seed in FEWER] for weight in KL_WEIGHTS

@@ -149,8 +149,7 @@ def rlhf(pool):
     content = runs.gather(pool, "reward models", learn_rewards, {"rewards": seeds})
     content["rewards"] = content["rewards"][1:]
     variants = {"RLHF": [{"beta": BETA}], "RLHF without the KL": [{"beta": 0}]}
-    seeds_of = dict.fromkeys(variants, SEEDS)
-    return content | {"methods": methods.at_best_settings(pool, run, variants, seeds_of)}
+    return content | {"methods": methods.at_best_settings(pool, run, variants, SEEDS)}
 
 
 if __name__ == "__main__":

@@ -47,10 +47,15 @@ def read_study():
     return {part: json.loads(path.read_text()) for part, path in paths.items()}
 
 
+def methods_of(study):
+    """{method: its settings, what was tried, and its runs}, with RLHF."""
+    return study["methods"]["methods"] | study["rlhf"]["methods"]
+
+
 def runs_of(study):
     """{method: its runs}, with SFT and RLHF."""
-    methods = study["methods"]["methods"] | study["rlhf"]["methods"]
-    return {"SFT": study["methods"]["sft"]} | {name: m["runs"] for name, m in methods.items()}
+    runs = {name: method["runs"] for name, method in methods_of(study).items()}
+    return {"SFT": study["methods"]["sft"]} | runs
 
 
 # ---- cells -----------------------------------------------------------------------------------
@@ -117,8 +122,7 @@ def models_table(study):
 def methods_table(study):
     """A row per method, with what it needs and the rate that was chosen."""
     columns = {"preferred": PREFERRED, "exact": EXACT} | PARTS_OF_KL
-    rows = []
-    methods = study["methods"]["methods"] | study["rlhf"]["methods"]
+    methods, rows = methods_of(study), []
     for name, needed in NEEDS.items():
         runs, lr = methods[name]["runs"], methods[name]["settings"]["lr"]
         cells = cells_of(runs, columns, ("drift, preferred", "drift, others"))
@@ -178,7 +182,7 @@ def collapse_table(study):
 
 def variants_table(first, columns, study, part):
     """A row for offline pairs and for each variant of them, at its best rate."""
-    variants, rows = {"offline": study["methods"]["methods"]["offline"]} | study[part], []
+    variants, rows = {"offline": methods_of(study)["offline"]} | study[part], []
     seeds = min(len(variant["runs"]) for variant in variants.values())
     offline = variants["offline"]["runs"][:seeds]
     for name, variant in variants.items():
@@ -207,7 +211,7 @@ def judge_table(study):
     rows = []
     for entry in study["judge"]["study"].values():
         settings, cells = entry["settings"], cells_of(entry["runs"], columns, ["optimum", "its KL"])
-        tried = sorted((settings["lr"], preferred) for settings, preferred, _ in entry["tried"])
+        tried = sorted((other["lr"], share) for other, share, _ in entry["tried"])
         by_rate = ", ".join(f"{lr:g}: {share:.2f}" for lr, share in tried)
         names = [settings["kind"], f"{settings['beta']:g}"]
         rows.append([*names, *cells, by_rate])
