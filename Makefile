@@ -1,32 +1,36 @@
 # make           everything: .venv, SFT, three DPO runs, a table, and figures in plots/
 # make quick     the same with 20 steps each, in runs/quick: to see whether all works here
 # make test      the linter and the tests
-# make study     the runs behind plots/study/README.md: five parts of 20 to 90 minutes, which are also
-#                targets: methods, rlhf, interventions, collapse, judge; each resumes where it stopped
+# make study     the runs behind plots/study/README.md: four parts of 20 to 90 minutes, which are also
+#                targets: methods, rlhf, interventions, collapse; each resumes where it stopped
 # make publish   the tables and figures of both pages, from the JSON of the parts
 # make clean     forget the four models (.venv stays, and so does runs/study with its hours of work)
+#
+# After an upgrade of Python, remove .venv (rm -rf .venv): it is made anew.
 
 PYTHON ?= python3
 RUNS := runs
 PLOTS := plots
+STEPS :=
+SAMPLES :=
 
-# What sets each run apart from the defaults. The settings are those that the study found best. After
-# a change here, run `make clean` first: make compares the times of files, not flags.
-FLAGS_dpo_offline := --pairs offline --lr 1e-5
+# What sets each run apart from the defaults. After a change here, run `make clean` first: make
+# compares the times of files, not flags.
+FLAGS_dpo_offline := --pairs offline
 FLAGS_dpo_offline_kl := --pairs offline --kl-weight 0.1
-FLAGS_dpo := --lr 3e-3
+FLAGS_dpo :=
 
 DPO := dpo_offline dpo_offline_kl dpo
 MODELS := $(RUNS)/sft.pt $(DPO:%=$(RUNS)/%.pt)
-DRAWN := results.json dist.png dist.gif mass.png sft_gap.png
-STUDY := methods rlhf interventions collapse judge
+STUDY := methods rlhf interventions collapse
 
-all: $(DRAWN:%=$(PLOTS)/%)
+all: $(PLOTS)/results.json
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; try: make PYTHON=python3.12"; exit 1; }
-	@echo "Installing PyTorch and three more packages into .venv, which takes a minute or more"
+	@echo "Installing PyTorch and three more packages into .venv. On Linux pip takes the CUDA build,"
+	@echo "a download of 2.7 GB; README.md says how to take the CPU build, of 0.2 GB."
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
 	touch $@
@@ -37,9 +41,8 @@ $(RUNS)/sft.pt: train_sft.py model.py data.py | .venv/installed
 $(DPO:%=$(RUNS)/%.pt): $(RUNS)/%.pt: train_dpo.py $(RUNS)/sft.pt | .venv/installed
 	.venv/bin/python train_dpo.py $(FLAGS_$*) $(STEPS) --sft $(RUNS)/sft.pt --out $@
 
-# A pattern rule with several targets runs once for all of them.
-$(DRAWN:%=\%/%): evaluate.py plots/figures.py $(MODELS) | .venv/installed
-	.venv/bin/python evaluate.py $(SAMPLES) --sft $(RUNS)/sft.pt --plots-dir $* $(MODELS)
+$(PLOTS)/results.json: evaluate.py plots/figures.py $(MODELS) | .venv/installed
+	.venv/bin/python evaluate.py $(SAMPLES) --sft $(RUNS)/sft.pt --plots-dir $(PLOTS) $(MODELS)
 
 quick:
 	$(MAKE) RUNS=runs/quick PLOTS=runs/quick STEPS="--steps 20" SAMPLES="--samples 2"
@@ -65,5 +68,4 @@ test: .venv/tests-installed
 clean:
 	rm -rf $(MODELS) runs/quick
 
-.DELETE_ON_ERROR:
 .PHONY: all quick study $(STUDY) publish test clean

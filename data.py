@@ -1,12 +1,13 @@
 """Random equations such as 43=10+30+3: the generator, the parser, the metrics, the tokens.
 
-    python data.py                                      # ten equations
-    python data.py --pairs --count 1000 > pairs.jsonl   # a thousand preference pairs
+    python data.py
+    python data.py --pairs --count 1000 > pairs.jsonl
 
-An equation is a prompt, `43=`, and a completion, `10+30+3`. An *answer* is an equation whose
+The first command prints ten equations, the second one writes a thousand preference pairs. An
+equation is a prompt, `43=`, and a completion, `10+30+3`. An *answer* is an equation whose
 completion a model wrote. Sum, number of terms and terms are drawn uniformly, so the probability of
-every equation is known. We left out data files: training draws fresh equations. What the scripts
-share (flags, errors, writing files) is at the end.
+every equation is known. We left out a stored training set: training draws fresh equations. What
+the scripts share (flags, errors, writing files) is at the end.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import math
 import os
 import random
 import re
+import secrets
 import signal
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +30,7 @@ import torch
 
 MIN_SUM = 5  # the least sum that can be split into five positive terms
 DEFAULT_MAX_SUM = 100
+DEFAULT_TERMS = 3  # what is preferred
 TERM_COUNTS = (2, 3, 4, 5)
 
 
@@ -199,41 +203,41 @@ def collate(examples, device="cpu"):
 # ---- files of pairs --------------------------------------------------------------------------
 
 
-def read_pairs(path, max_sum):
+def read_pairs(path, max_sum, preferred_terms):
     """Pairs from a file of JSON lines {"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}.
 
     Raises InputError, with file and line, for what no model up to `max_sum` could learn from.
     """
-    content, pairs = Path(path).read_bytes(), []
-    text = content.decode(json.detect_encoding(content), "replace")
-    for i, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip():
-                pairs.append(parse_pair(line, longest_completion(max_sum)))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {i} is not a usable pair: {error}") from None
+    pairs, longest = [], longest_completion(max_sum)
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
+        for i, line in enumerate(lines, start=1):
+            try:
+                if line.strip():
+                    pairs.append(parse_pair(line, longest))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {i} is not a usable pair: {error}") from None
     if not pairs:
         raise InputError(f"{path} holds no pair; data.py --pairs > {path} writes some")
-    seen = seen_sums(max_sum)
+    seen, n = seen_sums(max_sum), len(pairs)
     odd = sum(int(x[:-1]) not in seen or not (parse(x + c) and parse(x + r)) for x, c, r in pairs)
+    other = sum(not is_preferred(x + chosen, preferred_terms) for x, chosen, _ in pairs)
     if odd:
-        print(f"Warning: {odd} of {len(pairs)} pairs have an unseen sum or a side that is no sum.")
+        print(f"Warning: {odd} of {n} pairs have an unseen sum or a side that is no sum.")
+    if other:
+        print(f"Warning: {other} of {n} chosen sides are not exact with {preferred_terms} terms.")
     return pairs
 
 
 def parse_pair(line, longest):
     """One line of a file as (prompt, chosen, rejected), or a ValueError that says why not."""
-    pair, keys = json.loads(line), ("prompt", "chosen", "rejected")
-    if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in keys):
-        raise ValueError("it must have the strings prompt, chosen and rejected")
-    prompt, chosen, rejected = (pair[key] for key in keys)
-    if not re.fullmatch(r"[1-9][0-9]{0,2}=", prompt):
-        raise ValueError(f"the prompt must be a sum up to 999 and =, not {prompt!r}")
-    if not all(re.fullmatch(f"[0-9+]{{0,{longest}}}", side) for side in (chosen, rejected)):
-        raise ValueError(f"a side must be at most {longest} digits and +, without the prompt")
-    if chosen == rejected:
+    pair, side = json.loads(line), f"[0-9+]{{0,{longest}}}"
+    for key, form in (("prompt", "[1-9][0-9]{0,2}="), ("chosen", side), ("rejected", side)):
+        value = pair.get(key) if isinstance(pair, dict) else None
+        if not isinstance(value, str) or not re.fullmatch(form, value):
+            raise ValueError(f"its {key} must be a string of the form {form}, not {value!r}")
+    if pair["chosen"] == pair["rejected"]:
         raise ValueError("chosen and rejected are the same")
-    return prompt, chosen, rejected
+    return pair["prompt"], pair["chosen"], pair["rejected"]
 
 
 # ---- shared by the scripts: flags, errors, and files that are never half-written --------------
@@ -261,18 +265,15 @@ def number(kind, low, high=1_000_000_000):
 def make_parser(description):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    parser.register("type", None, os.path.expanduser)  # of all strings, so that --out=~/x works
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
     return parser
 
 
 def run_script(main):
-    """Runs a script: bad input ends in one line and exit status 2, Ctrl-C without a traceback."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None if the shell has closed it
+    """Runs a script: bad input or Ctrl-C ends in one line and a status, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="replace")  # a terminal that has no ✓ shows ?
-        setattr(sys, name, stream)
     try:
         main()
         sys.stdout.flush()
@@ -281,33 +282,35 @@ def run_script(main):
         sys.stdout = None  # else what is left in it fails again at exit
         sys.exit(2)
     except KeyboardInterrupt:
+        print("\nInterrupted: what was not finished was not written.", file=sys.stderr)
         sys.exit(130)
 
 
 def check_writable(path):
     """Finds out before any work whether write_file can write `path`; makes its folder."""
-    exists = os.path.exists(path)
+    exists, folder = os.path.exists(path), os.path.dirname(os.path.realpath(path))
     if not os.path.basename(path) or (exists and not os.path.isfile(path)):
         raise InputError(f"cannot write {path!r}; give the name of a file")
     if exists and not os.stat(path).st_mode & 0o222:
         raise InputError(f"{path} is write-protected; give another name")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    trial = f"{os.path.realpath(path)}.{os.getpid()}"  # a name of its own
-    write_file(trial, b"")
-    os.remove(trial)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as trial:
+        trial.write(bytes(1_000_000))  # a full disk has no room for it
 
 
 def write_file(path, content):
-    """Writes bytes to a temporary file, which then replaces `path`, or the file it links to."""
-    target = os.path.realpath(path)
-    temporary = Path(f"{target}.{os.getpid()}.tmp")  # no two processes share it
+    """Writes bytes to a new file, which then replaces `path`, or the file it links to."""
+    target = Path(path).resolve()
+    temporary = target.with_name(f"{secrets.token_hex(8)}.tmp")  # a name that no file has
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    try:
+        temporary.replace(target)
+    except OSError as error:  # what was computed stays
+        raise InputError(f"cannot write {path}: {error.strerror}; it is in {temporary}") from None
 
 
 # ---- command line ----------------------------------------------------------------------------
@@ -319,7 +322,7 @@ def parse_args(argv=None):
     add("--count", type=number(int, 1, 100_000), default=10, help="how many")
     add("--max-sum", type=number(int, 20, 999), default=DEFAULT_MAX_SUM, help="largest sum")
     add("--pairs", action="store_true", help="JSON lines {prompt, chosen, rejected}")
-    add("--preferred-terms", type=int, choices=TERM_COUNTS, default=3, help="of the chosen side")
+    add("--preferred-terms", type=int, choices=TERM_COUNTS, default=DEFAULT_TERMS, help="chosen")
     return parser.parse_args(argv)
 
 

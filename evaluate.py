@@ -1,23 +1,28 @@
 """What the models answer: mean absolute sum error, parse rate, histograms of the number of terms.
 
-    python evaluate.py                # every checkpoint in runs/: a table, results.json and figures
-    python evaluate.py --ask 100,57   # only what each of them answers to 100= and 57=
+    python evaluate.py
+    python evaluate.py --ask 100,57
+
+The first command measures every checkpoint in runs/: it prints a table and writes results.json and
+figures. The second one only prints what each of them answers to 100= and 57=.
 
 Every model answers every sum, once greedily and many times by sampling. The KL from the SFT model
 is the mean of log pi - log pi_ref over a model's own sampled answers. A model is named after what
 trained it, such as "offline + KL". plots/study/ repeats all of this over seeds.
 """
 
-import glob
 import json
 import os
 import random
+from glob import glob
+from statistics import mode
 
 import torch
 
-from data import DEVICES, MIN_SUM, check_writable, held_out_sums, is_exact
-from data import make_parser, mark, measure, number, run_script, shown_sums, write_file
-from model import answer, fingerprint, load_checkpoint, logratios_of
+from data import (DEFAULT_TERMS, DEVICES, MIN_SUM, check_writable, held_out_sums, is_exact,
+                  make_parser, mark, measure, number, run_script, shown_sums,
+                  write_file)  # fmt: skip
+from model import answers_to, device_of, fingerprint, load_checkpoint, logratios_of
 from plots import figures
 
 
@@ -43,28 +48,31 @@ def list_of_sums(text):
 def load_models(args):
     """{path: (model, saved args, log)}, the SFT model first, then in the order of training."""
     paths = [args.sft]
-    for path in args.checkpoints or sorted(glob.glob("runs/*.pt"), key=os.path.getmtime):
+    for path in args.checkpoints or sorted(glob("runs/*.pt"), key=os.path.getmtime):
         if os.path.realpath(path) not in map(os.path.realpath, paths):
             paths.append(path)
     return {path: load_checkpoint(path, args.device) for path in paths}
 
 
 def comparable(loaded):
-    """The models that fit the first, which is the reference, and the number of terms to prefer."""
+    """The models that fit the first, which is the reference, and what most of them prefer."""
     (sft, (reference, _, _)), *_ = loaded.items()
-    known, included, terms = fingerprint(reference), {}, None
-    for path, (model, saved_args, log) in loaded.items():
-        prefers = saved_args.get("preferred_terms", terms)
-        same_task = model.config.max_sum == reference.config.max_sum
-        if not same_task or (path != sft and saved_args.get("reference", known) != known):
-            print(f"Left out {path}: it was not trained from {sft}; --sft names another reference")
-        elif terms and prefers != terms:
-            print(
-                f"Left out {path}: it prefers {prefers} terms, and not {terms}; evaluate it alone"
-            )
+    known, max_sum, included = fingerprint(reference), reference.config.max_sum, {}
+    counts = [x["preferred_terms"] for _, x, _ in loaded.values() if "preferred_terms" in x]
+    preferred_terms = mode(counts or [DEFAULT_TERMS])
+    for path, (model, saved_args, _) in loaded.items():
+        prefers = saved_args.get("preferred_terms", preferred_terms)
+        if model.config.max_sum != max_sum:
+            reason = f"its sums go up to {model.config.max_sum}, and those of {sft} to {max_sum}"
+        elif path != sft and saved_args.get("reference", known) != known:
+            reason = f"it was trained from {saved_args['sft']}, not from {sft} as it is now"
+        elif prefers != preferred_terms:
+            reason = f"it prefers {prefers} terms, and not {preferred_terms}"
         else:
-            included[path], terms = (model, saved_args, log), prefers
-    return included, terms or 3
+            included[path] = loaded[path]
+            continue
+        print(f"Left out {path}: {reason}. Evaluate it alone, with its SFT model as --sft.")
+    return included, preferred_terms
 
 
 def label_of(saved_args):
@@ -90,18 +98,34 @@ def labelled(loaded):
 # ---- what they answer ------------------------------------------------------------------------
 
 
-def result_of(model, sampled, logratios, terms, seed):
-    """Metrics of sampled answers with their log-ratios, and of greedy ones; some of the answers."""
-    generator, max_sum = torch.Generator(model.head.weight.device), model.config.max_sum
-    held_out = tuple(f"{n}=" for n in held_out_sums(max_sum))
-    greedy = answer(model, range(MIN_SUM, max_sum + 1), greedy=True)
-    wrong = [equation for equation in sampled if not is_exact(equation)]
+def seeded(model, seed):
+    return torch.Generator(device_of(model)).manual_seed(seed)
+
+
+def sampled_answers(model, reference, samples, seed):
+    """Answers to every sum, those to one sum side by side, and their log-ratios in nats."""
+    sums = [n for n in range(MIN_SUM, model.config.max_sum + 1) for _ in range(samples)]
+    answers = answers_to(model, sums, generator=seeded(model, seed))
+    return answers, logratios_of(model, reference, answers)
+
+
+def to_held_out_sums(answers, max_sum):
+    prompts = tuple(f"{n}=" for n in held_out_sums(max_sum))
+    return [answer for answer in answers if answer.startswith(prompts)]
+
+
+def result_of(model, reference, preferred_terms, samples, seed):
+    """Metrics of sampled and of greedy answers, the KL in nats, and some of the answers."""
+    answers, logratios = sampled_answers(model, reference, samples, seed)
+    max_sum = model.config.max_sum
+    greedy = answers_to(model, range(MIN_SUM, max_sum + 1), greedy=True)
+    wrong = [answer for answer in answers if not is_exact(answer)]
     return {
-        "sampled": measure(sampled, terms),
-        "held out": measure([a for a in sampled if a.startswith(held_out)], terms),
-        "greedy": measure(greedy, terms),
+        "sampled": measure(answers, preferred_terms),
+        "held out": measure(to_held_out_sums(answers, max_sum), preferred_terms),
+        "greedy": measure(greedy, preferred_terms),
         "kl": logratios.mean().item(),
-        "answers": answer(model, shown_sums(max_sum), generator=generator.manual_seed(seed)),
+        "answers": answers_to(model, shown_sums(max_sum), generator=seeded(model, seed)),
         "wrong": random.Random(seed).sample(wrong, min(3, len(wrong))),
     }
 
@@ -110,13 +134,16 @@ def ask(models, sums, seed):
     """Prints the greedy answer of every model to every sum, and three sampled ones."""
     for n in sums:
         for label, (model, saved_args, _) in models.items():
-            terms = saved_args.get("preferred_terms", 3)
-            generator = torch.Generator(model.head.weight.device).manual_seed(seed)
-            answers = answer(model, [n], greedy=True) + answer(model, [n] * 3, generator=generator)
-            greedy, *sampled = (mark(equation, terms) for equation in answers)
+            preferred_terms = saved_args.get("preferred_terms", DEFAULT_TERMS)
+            answers = answers_to(model, [n], greedy=True)
+            answers += answers_to(model, [n] * 3, generator=seeded(model, seed))
+            greedy, *sampled = (mark(answer, preferred_terms) for answer in answers)
             print(f"{label:>15}  greedy {greedy:<31}  sampled {'  '.join(sampled)}")
-            if not MIN_SUM <= n <= model.config.max_sum:
-                print(f"{label:>15}  has learned the sums from {MIN_SUM} to {model.config.max_sum}")
+            max_sum = model.config.max_sum
+            if n in held_out_sums(max_sum):
+                print(f"{label:>15}  has never seen {n}, a held-out sum")
+            elif not MIN_SUM <= n <= max_sum:
+                print(f"{label:>15}  has learned the sums from {MIN_SUM} to {max_sum}")
 
 
 # ---- the table -------------------------------------------------------------------------------
@@ -136,47 +163,45 @@ def rounded(value):
 
 
 def markdown(header, rows):
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    first, *others = ["| " + " | ".join(line) + " |" for line in lines]
+    first, *others = ["| " + " | ".join(line) + " |" for line in (header, *rows)]
     return "\n".join([first, "|" + "---|" * len(header), *others])
 
 
 def table(results):
     """A row per model: the share of answers with the preferred number of terms, and COLUMNS."""
-    terms, rows = str(results["task"]["preferred_terms"]), []
+    preferred_terms, rows = results["task"]["preferred_terms"], []
     for label, result in results["models"].items():
-        values = [value(result) for value in COLUMNS.values()]
-        rows.append([label, *map(rounded, [result["sampled"]["counts"].get(terms, 0.0), *values])])
-    return markdown(["", f"{terms} terms", *COLUMNS], rows)
+        of_preferred_form = result["sampled"]["counts"].get(str(preferred_terms), 0.0)
+        values = [of_preferred_form, *(value(result) for value in COLUMNS.values())]
+        rows.append([label, *map(rounded, values)])
+    return markdown(["", f"{preferred_terms} terms", *COLUMNS], rows)
 
 
 def main(args):
     loaded = load_models(args)
     if args.ask:
         return ask(labelled(loaded), args.ask, args.seed)
-    loaded, terms = comparable(loaded)
+    loaded, preferred_terms = comparable(loaded)
     models, (reference, _, _) = labelled(loaded), loaded[args.sft]
-    results_path = os.path.join(args.plots_dir, "results.json")
-    check_writable(results_path)
-    max_sum, generator = reference.config.max_sum, torch.Generator(args.device)
-    results = {"task": {"max_sum": max_sum, "preferred_terms": terms}, "models": {}}
-    sums = [n for n in range(MIN_SUM, max_sum + 1) for _ in range(args.samples)]
+    for name in ("results.json", *figures.FILES):
+        check_writable(os.path.join(args.plots_dir, name))
+    task = {"max_sum": reference.config.max_sum, "preferred_terms": preferred_terms}
+    results = {"task": task, "models": {}}
     for label, (model, saved_args, _) in models.items():
-        sampled = answer(model, sums, generator=generator.manual_seed(args.seed))
-        logratios = logratios_of(model, reference, sampled)
-        result = result_of(model, sampled, logratios, terms, args.seed)
+        result = result_of(model, reference, preferred_terms, args.samples, args.seed)
         results["models"][label] = result | {"args": saved_args}
         print(f"\n{label}: some answers, and some wrong ones")
         for equation in result["answers"] + result["wrong"]:
-            print("   ", mark(equation, terms))
-    write_file(results_path, json.dumps(results, indent=1).encode() + b"\n")
+            print("   ", mark(equation, preferred_terms))
     print("\n" + table(results) + "\n")
     logs = {label: log for label, (_, _, log) in models.items()}
     written = figures.draw_all(results, logs, args.plots_dir)
-    print(f"Wrote {', '.join([results_path, *written])}.")
-    others = {*glob.glob(os.path.join(args.plots_dir, "*.[pg][ni][gf]"))} - {*written}
-    if others:
-        print(f"Of an earlier evaluation: {', '.join(sorted(others))}.")
+    written.append(os.path.join(args.plots_dir, "results.json"))  # last: make looks at its time
+    write_file(written[-1], json.dumps(results, indent=1).encode() + b"\n")
+    print(f"Wrote {', '.join(written)}.")
+    drawn = (path for kind in ("png", "gif") for path in glob(f"{args.plots_dir}/*.{kind}"))
+    if earlier := sorted({*drawn} - {*written}):
+        print(f"Of an earlier evaluation: {', '.join(earlier)}.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Symbols, here and in the other files:
     T  columns                       C  width of the residual stream
     S  columns that attention sees   D  width of a head, C / H
     V  vocabulary size
-We left out dropout: every batch is fresh, so nothing can be overfitted.
+We left out dropout: SFT draws fresh equations for every step, so it cannot overfit.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ import io
 import torch
 from torch import nn
 
-from data import CUT_OFF, DEFAULT_MAX_SUM, END, PROMPT_WIDTH, VOCAB_SIZE, InputError
-from data import collate, decode, longest_completion, write_file
+from data import (CUT_OFF, DEFAULT_MAX_SUM, END, PROMPT_WIDTH, VOCAB_SIZE, InputError, collate,
+                  decode, longest_completion, write_file)  # fmt: skip
 
 CHUNK = 1000  # answers that are written or scored at a time
 
@@ -121,6 +121,10 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
+def device_of(model):
+    return next(model.parameters()).device
+
+
 def completion_logps(model, tokens, completion_mask):
     """log pi(y|x), summed over each completion, in nats: tokens and mask (B, T) -> (B,)."""
     logps = model(tokens[:, :-1]).log_softmax(-1)  # (B, T - 1, V)
@@ -135,9 +139,10 @@ def generate(model, prompts, greedy=False, generator=None):
     Greedy, or sampled at temperature 1 with a torch `generator`. A ValueError says which prompt
     does not fit. A row that has ended goes on with tokens that nobody reads.
     """
-    device, cache = model.head.weight.device, [None] * len(model.blocks)
+    cache = [None] * len(model.blocks)
     # A prompt alone is an example whose completion was cut off before its first token.
-    new, _ = collate([(prompt, CUT_OFF) for prompt in prompts], device)  # (B, 4), not yet read
+    examples = [(prompt, CUT_OFF) for prompt in prompts]
+    new, _ = collate(examples, device_of(model))  # (B, 4), not yet read
     written = new[:, :0]  # (B, 0)
     for _ in range(model.config.block_size - PROMPT_WIDTH):
         logits = model(new, cache)[:, -1]  # (B, V)
@@ -151,7 +156,7 @@ def generate(model, prompts, greedy=False, generator=None):
     return [decode(row) for row in written.tolist()]
 
 
-def answer(model, sums, greedy=False, generator=None):
+def answers_to(model, sums, greedy=False, generator=None):
     """An answer to each of `sums`, as a list of equations."""
     prompts, completions = [f"{n}=" for n in sums], []
     for i in range(0, len(prompts), CHUNK):
@@ -159,18 +164,20 @@ def answer(model, sums, greedy=False, generator=None):
     return [prompt + completion for prompt, completion in zip(prompts, completions)]
 
 
-def chunks_of(answers):
-    """Answers as lists of up to CHUNK examples (prompt, completion)."""
-    splits = [answer.partition("=") for answer in answers]
-    examples = [(n + equals, completion) for n, equals, completion in splits]
-    return [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
-
-
 @torch.no_grad()
 def logps_of(model, answers):
-    """log pi(y|x) in nats of the completion of each answer: (answers,)."""
-    device, chunks = model.head.weight.device, chunks_of(answers)
-    return torch.cat([completion_logps(model, *collate(chunk, device)).cpu() for chunk in chunks])
+    """log pi(y|x) in nats of the completion of each answer: (answers,).
+
+    Raises InputError if one is not finite, as happens where the learning rate was too high.
+    """
+    splits = [answer.partition("=") for answer in answers]
+    examples = [(prompt + "=", completion) for prompt, _, completion in splits]
+    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+    device = device_of(model)
+    logps = torch.cat([completion_logps(model, *collate(chunk, device)).cpu() for chunk in chunks])
+    if not logps.isfinite().all():
+        raise InputError("the model's log-probs are not finite any more; try a lower --lr")
+    return logps
 
 
 def logratios_of(model, reference, answers):

@@ -7,13 +7,17 @@ checkpoint carries. Those of plots/study/ have a file of their own there.
 import io
 import os
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib.style
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from data import write_file
+
+FILES = ("dist.png", "dist.gif", "mass.png", "sft_gap.png")
 
 # One name, one colour (Okabe and Ito's, safe for colour-blind readers) in every figure.
 COLOURS = {"SFT": "#0072B2", "offline": "#D55E00", "offline + KL": "#E69F00", "mistakes": "#009E73"}
@@ -71,31 +75,28 @@ def draw_histogram(axes, metrics, title, color, preferred_terms, most):
     axes.get_xticklabels()[preferred_terms].set_fontweight("bold")
     axes.set_ylim(0, 108)
     axes.grid(axis="x", visible=False)
-    mae = "no answer parses" if metrics["mae"] is None else f"mean abs. error {metrics['mae']:.2f}"
-    axes.set_title(f"{title}\nexact {metrics['exact']:.3f}, {mae}")
+    axes.set_title(f"{textwrap.fill(title, 26)}\nexact {metrics['exact']:.3f}")
     axes.set_xlabel("terms in the answer")
 
 
 def draw_histograms(results):
     """The answers of each model by number of terms, side by side on the same axes."""
     sampled = {label: result["sampled"] for label, result in results["models"].items()}
-    terms, most = results["task"]["preferred_terms"], most_terms(sampled.values())
-    figure = Figure(figsize=(1 + 3.1 * len(sampled), 3.8))
+    preferred_terms, most = results["task"]["preferred_terms"], most_terms(sampled.values())
+    figure = Figure(figsize=(1 + 3.1 * len(sampled), 4))
     row = figure.subplots(1, len(sampled), sharey=True, squeeze=False)[0]
     for axes, (label, metrics) in zip(row, sampled.items()):
-        draw_histogram(axes, metrics, label, colour(label, sampled), terms, most)
+        draw_histogram(axes, metrics, label, colour(label, sampled), preferred_terms, most)
     row[0].set_ylabel(f"share of {metrics['n']:,} sampled answers (%)")
-    row[0].legend(loc="upper right")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
-def save_animation(logs, terms, folder):
+def save_animation(logs, preferred_terms, folder):
     """The histograms of the policy's own answers over the steps, as a GIF; returns its path."""
     looks = {label: looks_of(log) for label, log in logs.items()}
     most = most_terms(record["own"] for records in looks.values() for record in records)
-    width = 1 + 3.1 * len(logs)
-    figure = Figure(figsize=(width, 3.8), layout="none")  # else every frame is laid out anew
-    figure.subplots_adjust(0.75 / width, 0.14, 1 - 0.05 / width, 0.88, wspace=0.06)
+    figure = Figure(figsize=(1 + 3.1 * len(logs), 4))
     row = figure.subplots(1, len(logs), sharey=True, squeeze=False)[0]
 
     def draw(frame):
@@ -103,11 +104,14 @@ def save_animation(logs, terms, folder):
             axes.clear()
             record = records[min(frame, len(records) - 1)]
             title = f"{label}, step {record['step']}"
-            draw_histogram(axes, record["own"], title, colour(label, logs), terms, most)
+            draw_histogram(axes, record["own"], title, colour(label, logs), preferred_terms, most)
         row[0].set_ylabel("share of the policy's own answers (%)")
-        row[0].legend(loc="upper right")
 
     last = max(map(len, looks.values())) - 1
+    draw(last)  # its titles are the longest
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # else every frame is laid out anew
     frames = [*range(min(8, last)), *range(8, last, 3), *[last] * 3]  # and a pause at the end
     path = os.path.join(folder, "dist.gif")
     with tempfile.TemporaryDirectory() as temporary:  # matplotlib writes to a file only
@@ -128,6 +132,7 @@ def draw_sft(log):
     axes = figure.subplots()
     axes.plot(equations, [record["gap"] for record in log], color=color)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("gap to the entropy floor\n(nats per equation)", color=color)
@@ -166,20 +171,20 @@ def smooth(values, most=9):
 MASS_COLOURS = ["#332288", "#88CCEE", "#DDCC77", "#CC6677", "#888888"]  # Tol's muted ones
 
 
-def mass(own, terms):
+def mass(own, preferred_terms):
     """The kinds of the policy's own answers, and their shares: together all of them."""
-    form = own["counts"].get(str(terms), 0)
+    form = own["counts"].get(str(preferred_terms), 0)
     other_exact = own["exact"] - own["preferred"]
     return {
-        f"{terms} terms, exact": own["preferred"],
-        f"{terms} terms, wrong": form - own["preferred"],
+        f"{preferred_terms} terms, exact": own["preferred"],
+        f"{preferred_terms} terms, wrong": form - own["preferred"],
         "other count, exact": other_exact,
         "other count, wrong": own["parse_rate"] - form - other_exact,
         "no equation": 1 - own["parse_rate"],
     }
 
 
-def draw_mass(logs, terms):
+def draw_mass(logs, preferred_terms):
     """Where the probability goes: pair accuracy above, what the policy really answers below.
 
     The pair accuracy is the share of pairs whose chosen side has the larger reward; a tie is half.
@@ -195,7 +200,7 @@ def draw_mass(logs, terms):
         top.set_ylim(0, 105)
         top.set_title(label)
         looks = looks_of(log)
-        kinds = [mass(record["own"], terms) for record in looks]
+        kinds = [mass(record["own"], preferred_terms) for record in looks]
         bottom.stackplot(
             [record["step"] for record in looks],
             [[100 * shares[kind] for shares in kinds] for kind in kinds[0]],
@@ -224,7 +229,7 @@ def draw_all(results, logs, folder):
         if any("gap" in record for record in first_log):
             paths.append(save(draw_sft(first_log), folder, "sft_gap"))
         if dpo_logs:
-            terms = results["task"]["preferred_terms"]
-            paths.append(save(draw_mass(dpo_logs, terms), folder, "mass"))
-            paths.append(save_animation(dpo_logs, terms, folder))
+            preferred_terms = results["task"]["preferred_terms"]
+            paths.append(save(draw_mass(dpo_logs, preferred_terms), folder, "mass"))
+            paths.append(save_animation(dpo_logs, preferred_terms, folder))
     return paths

@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import io
 import math
-import multiprocessing
 import os
+import resource
+import shlex
+import subprocess
 import sys
 from collections import Counter
 from itertools import combinations, product
@@ -18,6 +20,7 @@ import data
 from data import CUT_OFF, END
 
 GOOD = '{"prompt": "9=", "chosen": "3+3+3", "rejected": "4+5"}'
+FOUR = GOOD.replace("3+3+3", "3+3+2+1")
 
 
 def test_tokens_and_masks_by_hand():
@@ -128,18 +131,34 @@ def test_pairs_are_right_and_rejected_has_each_other_number_of_terms_equally_oft
     assert is_uniform(counts, {2, 3, 4, 5} - {preferred}, 13.82)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_pairs_on_the_command_line_can_be_read_back(tmp_path, capsys, encoding):
+def printed(flags, capsys):
+    data.main(data.parse_args(flags.split()))
+    return capsys.readouterr().out
+
+
+def test_pairs_on_the_command_line_can_be_read_back(tmp_path, capsys):
     """And a line with a remark; in its string JSON allows other line ends than its own."""
-    data.main(data.parse_args(["--pairs", "--count", "7", "--seed", "5", "--preferred-terms", "4"]))
-    path, remark = tmp_path / "pairs.jsonl", GOOD[:-1] + ', "remark": "\u2028 \u0085"}'
-    path.write_bytes((capsys.readouterr().out + "\r\n\n" + remark).encode(encoding))
-    expected = data.random_pairs(Random(5), 7, data.seen_sums(), 4) + [("9=", "3+3+3", "4+5")]
-    assert data.read_pairs(path, 100) == expected and capsys.readouterr().out == ""
-    odd = [GOOD.replace("9=", "11="), GOOD.replace("9=", "200="), GOOD.replace("4+5", "+")]
-    path.write_text("\n".join([GOOD, *odd]))
-    assert len(data.read_pairs(path, 100)) == 4
-    assert " 3 of 4 " in capsys.readouterr().out
+    lines = printed("--pairs --count 7 --seed 5 --preferred-terms 4", capsys)
+    path, remark = tmp_path / "pairs.jsonl", FOUR[:-1] + ', "remark": "\u2028 \u0085"}'
+    path.write_text(lines + "\r\n\n" + remark, encoding="utf-8-sig")
+    expected = data.random_pairs(Random(5), 7, data.seen_sums(), 4)
+    assert data.read_pairs(path, 100, 4) == [*expected, ("9=", "3+3+2+1", "4+5")]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_warning_counts_pairs_that_teach_something_else(tmp_path, capsys, number):
+    """Of sums that training never shows, of no equations, and of chosen sides not preferred."""
+    path = tmp_path / "pairs.jsonl"
+    unseen, no_sum = GOOD.replace("9=", "11="), GOOD.replace("4+5", "+")
+    too_large, swapped = GOOD.replace("9=", "200="), GOOD.replace("3+3+3", "5+4")
+    wrong = GOOD.replace("3+3+3", "3+3+4")
+    for bad, chosen in ((unseen, 1), (no_sum, 0), (too_large, 1), (swapped, 1), (wrong, 1)):
+        path.write_text("\n".join([GOOD] * 5 + [bad] * number))
+        assert len(data.read_pairs(path, 100, 3)) == 5 + number
+        warnings = capsys.readouterr().out
+        assert (f" {number} of {5 + number} chosen sides" in warnings) == bool(chosen)
+        assert (f" {number} of {5 + number} pairs" in warnings) == (bad not in (swapped, wrong))
 
 
 BAD = ["{", "[" * 100_000, "1" * 5000, "[1, 2]", "null", '{"prompt": "9=", "chosen": "3+3+3"}']
@@ -151,41 +170,49 @@ BAD += [GOOD.replace('"9="', x) for x in ('"9"', '"09="', '"1000="', '"9=\\n"', 
 def test_unusable_pairs_are_named_by_file_and_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     for line in BAD:
-        path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
+        path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", encoding="utf-8")
         with pytest.raises(data.InputError) as error:
-            data.read_pairs(path, 100)
+            data.read_pairs(path, 100, 3)
         assert f"{path}, line 3 " in str(error.value) and "\n" not in str(error.value), line
     for content in (b"", b"\n\n", b"\xff\xfe", b"\xff" + GOOD.encode()):
         path.write_bytes(content)
         with pytest.raises(data.InputError):
-            data.read_pairs(path, 100)
+            data.read_pairs(path, 100, 3)
     path.write_text(GOOD.replace("4+5", "1+" * 6 + "11"))  # exactly as long as there is room for
-    assert data.read_pairs(path, 100) == [("9=", "3+3+3", "1+" * 6 + "11")]
+    assert data.read_pairs(path, 100, 3) == [("9=", "3+3+3", "1+" * 6 + "11")]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "out"
-    data.write_file(path, b"before")
-    with pytest.raises(TypeError):
-        data.write_file(path, "no bytes")
-    with pytest.raises(data.InputError, match="nowhere"):
-        data.write_file(tmp_path / "nowhere" / "out", b"")
-    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+# ---- files and errors ------------------------------------------------------------------------
 
 
-def write_often(path):
-    for _ in range(300):
-        data.check_writable(path)
-        data.write_file(path, b"x" * 1000)
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_two_processes_can_write_one_file_at_the_same_time(tmp_path):
-    """And a file of ours whose name is that of another one with .tmp stays as it is."""
-    (tmp_path / "out.tmp").write_text("mine")
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        pool.map(write_often, [tmp_path / "out"] * 2)
-    contents = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert contents == {"out": "x" * 1000, "out.tmp": "mine"}
+def test_a_full_disk_is_noticed_and_leaves_all_files_as_they_were(tmp_path):
+    """The disk has room for 1,000 bytes of 2,000."""
+    for name in ("out", "out.tmp", "out.1", f"out.{os.getpid()}", f"out.{os.getpid()}.tmp"):
+        (tmp_path / name).write_text("mine")
+    before, limits = contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for attempt in (lambda x: data.write_file(x, bytes(2000)), data.check_writable):
+            with pytest.raises(OSError):
+                attempt(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == before
+    data.check_writable(tmp_path / "out")
+    data.write_file(tmp_path / "out", b"new")
+    assert contents(tmp_path) == before | {"out": b"new"}
+
+
+def test_what_cannot_replace_its_target_stays_under_another_name(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(data.InputError) as error:
+        data.write_file(tmp_path / "out", b"hours of work")
+    ((name, content),) = contents(tmp_path).items()
+    assert content == b"hours of work" and str(tmp_path / name) in str(error.value)
 
 
 def test_a_link_stays_a_link_and_a_protected_file_is_refused(tmp_path):
@@ -205,22 +232,20 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, monk
     Path("old").write_text("old"), os.mkfifo("fifo"), os.mkdir("folder")
     for path in ("old", "new", "deep/er/new"):
         data.check_writable(path)
-    for path in ("folder", "folder/", "", "fifo", "/dev/null", "old/below", "x" * 254):
+    for path in ("folder", "folder/", "", "fifo", "/dev/null", "old/below"):
         with pytest.raises((data.InputError, OSError)):
             data.check_writable(path)
     assert Path("old").read_text() == "old" and not any(Path("deep/er").iterdir())
     assert set(os.listdir()) == {"old", "fifo", "folder", "deep"}
 
 
-def test_bad_flags_are_refused(capsys):
-    bad = [f"--count={x}" for x in ("0", "1e3", "nan", "1.0", "", "100001", "9" * 5000)]
-    bad += ["--max-sum=19", "--max-sum=1000", "--preferred-terms=6", "--seed=-1", f"--seed={2**32}"]
-    for flag in bad:
+def test_numbers_outside_their_range_are_refused(capsys):
+    for flag in ("--count=0", "--count=1e3", "--max-sum=19", "--max-sum=1000", "--seed=-1"):
         with pytest.raises(SystemExit) as error:
             data.parse_args([flag])
         assert error.value.code == 2 and flag[:6] in capsys.readouterr().err.splitlines()[-1]
     assert [data.number(float, 0, 1)(text) for text in ("0", "1e-3", "1")] == [0, 0.001, 1]
-    for text in ("nan", "inf", "-inf", "1.001", "-0.001", "x", ""):
+    for text in ("nan", "inf", "1.001", "-0.001", "x", ""):
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
             data.number(float, 0, 1)(text)
 
@@ -229,25 +254,27 @@ def test_errors_of_a_script_end_in_a_status_and_one_line(capsys):
     def fail():
         raise error
 
-    for error in (data.InputError("bad"), OSError(2, "bad"), KeyboardInterrupt()):
+    for error, status in ((data.InputError("bad"), 2), (OSError(2, "bad"), 2)):
         with pytest.raises(SystemExit) as stop:
             data.run_script(fail)
-        err, interrupted = capsys.readouterr().err, isinstance(error, KeyboardInterrupt)
-        assert (stop.value.code, err.count("\n")) == ((130, 0) if interrupted else (2, 1))
-        assert str(error) in err
+        err = capsys.readouterr().err
+        assert (stop.value.code, err.count("\n")) == (status, 1) and str(error) in err
+    error = KeyboardInterrupt()
+    with pytest.raises(SystemExit) as stop:
+        data.run_script(fail)
+    assert stop.value.code == 130 and capsys.readouterr().err.strip().count("\n") == 0
 
 
-def test_a_script_whose_output_nobody_reads_does_not_report_success(monkeypatch, capsys):
-    """Where the shell has closed the output (>&-), it goes on."""
+def test_output_that_nobody_reads_is_an_error_but_quiet_for_head(monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(sys, "stdout", open(writer, "w"))
     with pytest.raises(SystemExit) as stop:
         data.run_script(lambda: print("x"))
     assert stop.value.code == 2 and "error" in capsys.readouterr().err
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)
-    data.run_script(lambda: print("x", file=sys.stderr))
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(data.__file__)} --count 9999 | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert data.is_exact(done.stdout.strip()) and done.stderr == ""
 
 
 def test_a_script_can_print_in_a_notebook_and_on_an_ascii_terminal(monkeypatch):

@@ -1,6 +1,9 @@
 """What evaluate.py names, measures, tabulates and draws, against hand-made answers and loops."""
 
+from pathlib import Path
+
 import pytest
+from PIL import Image
 from conftest import random_model
 
 import evaluate
@@ -60,27 +63,29 @@ def test_models_that_share_a_label_show_their_paths_and_sft_is_the_file_of_its_f
     assert len(labels) == 5 and set(labels) == expected | {"offline"}
 
 
-def test_models_of_another_reference_or_task_are_left_out_by_name(tmp_path, capsys):
-    """A second round of DPO has the result of the first as its reference."""
+def test_models_of_another_reference_task_or_preference_are_left_out_by_name(tmp_path, capsys):
+    """A second round of DPO has the result of the first as its reference.
+
+    What most models prefer decides, whenever the others were trained.
+    """
     sft, first = random_model(1), random_model(2)
     wide = GPT(GPTConfig(depth=1, width=8, heads=1, max_sum=30))
+    four = dpo_args("--preferred-terms 4")
     of_sft, of_first = ({"reference": fingerprint(model)} for model in (sft, first))
-    files = {"sft": (sft, {}), "second": (first, dpo_args("--preferred-terms 2") | of_first)}
-    files |= {"first": (first, dpo_args("") | of_sft), "wide": (wide, {})}
-    files["four"] = first, dpo_args("--preferred-terms 4") | of_sft
-    included, terms = evaluate.comparable(load(tmp_path, **files))
+    files = {"sft": (sft, {}), "stray": (first, dpo_args("--preferred-terms 5") | of_sft)}
+    files |= {"first": (first, four | of_sft), "other": (wide, four | of_sft)}
+    files |= {"second": (first, four | of_first | {"sft": "runs/first.pt"}), "wide": (wide, {})}
+    files["third"] = first, four | of_sft
+    included, preferred_terms = evaluate.comparable(load(tmp_path, **files))
     names = [path.rsplit("/")[-1] for path in included]
-    left_out = capsys.readouterr().out
-    assert (names[0], terms) == ("sft.pt", 4) and set(names) == {"sft.pt", "four.pt"}
-    assert all(f"/{name}.pt: " in left_out for name in ("second", "first", "wide"))
-    included, terms = evaluate.comparable(load(tmp_path, **{"first": files["first"]} | files))
-    assert [path.rsplit("/")[-1] for path in included] == ["first.pt", "sft.pt"] and terms == 3
-
-
-def test_names_of_files_break_no_table():
-    label = "mistakes (runs/a|b$\udcff.pt)".encode("utf-8", "replace").decode()
-    row = evaluate.markdown(["", "x"], [[label, "1"]]).splitlines()[2]
-    assert row == "| mistakes (runs/a\\|b$?.pt) | 1 |"
+    assert names[0] == "sft.pt" and set(names) == {"sft.pt", "first.pt", "third.pt"}
+    assert preferred_terms == 4
+    lines = {Path(line.split(":")[0]).stem: line for line in capsys.readouterr().out.splitlines()}
+    assert lines.keys() == {"stray", "second", "other", "wide"}
+    assert "runs/first.pt" in lines["second"] and " 5 " in lines["stray"] and "30" in lines["wide"]
+    assert all("--sft" in line for line in lines.values())
+    again, _ = evaluate.comparable(load(tmp_path, **{"first": files["first"]} | files))
+    assert {path.rsplit("/")[-1] for path in again} == {"first.pt", "sft.pt", "second.pt"}
 
 
 def test_the_table_by_hand():
@@ -117,30 +122,55 @@ def test_bars_and_shares_by_hand():
     assert list(shares) == pytest.approx([0, 0, 0.6, 0.2, 0.2])
 
 
-def test_figures_whatever_the_users_settings_and_the_names_of_files(tmp_path, monkeypatch):
-    """The bars of every frame are all answers, with nine terms too, or if none is an equation."""
-    monkeypatch.setitem(figures.STYLE, "figure.dpi", 40)
-    frames, looks = [], [{"step": i, "own": measure(x, 3)} for i, x in enumerate((["9=+"], LONG))]
-    looks[1]["rewards/accuracies"] = 0.5
+def looks_and_logs():
+    """A log of SFT, and one of a model with a strange name; its second look is of other answers."""
+    own = [measure(answers, 3) for answers in (["9=+"], LONG, FIVE)]
+    looks = [{"step": step, "own": of_step} for step, of_step in zip((0, 1, 40), own)]
+    looks.insert(1, {"step": 1, "rewards/accuracies": 0.5})
+    looks[-1]["rewards/accuracies"] = 0.75
+    sft = [{"equations": n, "gap": gap, "exact": 0.1} for n, gap in ((900, 3.3), (1800, 3.1))]
+    return {"SFT": sft, r"$\x$_^%: lr 3": looks}
 
-    class Writer(figures.PillowWriter):
-        def grab_frame(self, **options):
-            frames.extend(map(all_answers, self.fig.axes))
-            super().grab_frame(**options)
 
-    monkeypatch.setattr(figures, "PillowWriter", Writer)
-    labels, task = ["SFT", r"$\x$_^%: lr 3"], {"preferred_terms": 3}
-    models = {x: {"sampled": look["own"]} for x, look in zip(labels, looks)}
-    logs = {"SFT": [{"equations": x, "gap": 2.0, "exact": 0.1} for x in (9, 18)], labels[1]: looks}
-    of_users = {"text.usetex": True, "axes.facecolor": "red", "savefig.dpi": 10}
-    for folder, settings in (("a", {}), ("b", of_users)):
-        (tmp_path / folder).mkdir()
-        with figures.matplotlib.rc_context(settings):
-            paths = figures.draw_all({"task": task, "models": models}, logs, tmp_path / folder)
-    drawn = [{x.name: x.read_bytes() for x in (tmp_path / folder).iterdir()} for folder in "ab"]
-    assert drawn[0] == drawn[1] and set(paths) == {f"{tmp_path}/b/{name}" for name in drawn[0]}
-    assert drawn[0].keys() == {"dist.png", "dist.gif", "sft_gap.png", "mass.png"}
-    figure = figures.draw_histograms({"task": task, "models": models})
-    assert bars_of(figure.axes[1])[9, True] == pytest.approx(40)
-    frames += map(all_answers, figure.axes)
-    assert len(frames) > 8 and frames == pytest.approx([100] * len(frames))
+def test_every_figure_is_made_whatever_the_users_settings_and_the_names_of_models(tmp_path):
+    """Names with a dollar sign, or longer than a panel, and users' own settings of matplotlib."""
+    logs = looks_and_logs()
+    logs["mistakes (runs/a/very/long/path/" + 9 * "x" + ".pt)"] = logs[r"$\x$_^%: lr 3"]
+    models = {label: {"sampled": measure(FIVE, 3)} for label in logs}
+    results, of_users = {"task": {"preferred_terms": 3}, "models": models}, {"text.usetex": True}
+    with pytest.MonkeyPatch.context() as patch, figures.matplotlib.rc_context(of_users):
+        patch.setitem(figures.STYLE, "figure.dpi", 40)
+        paths = figures.draw_all(results, logs, tmp_path)
+    assert {*paths} == {str(tmp_path / name) for name in figures.FILES}
+    assert {path.name for path in tmp_path.iterdir()} == {*figures.FILES}
+    row = figures.draw_histograms(results).axes
+    assert all(len(line) <= 26 for axes in row for line in axes.get_title().split("\n"))
+    assert all(all_answers(axes) == pytest.approx(100) for axes in row)
+
+
+def test_curves_show_the_numbers_of_the_log():
+    """Read back from the axes: SFT, pair accuracy, and the kinds of answers in layers."""
+    sft, log = looks_and_logs().values()
+    gap, exact = figures.draw_sft(sft).axes
+    assert gap.lines[0].get_xydata().tolist() == [[0.9, 3.3], [1.8, 3.1]]
+    assert exact.lines[0].get_xydata().tolist() == [[0.9, 10], [1.8, 10]]
+    low, high = gap.get_ylim()
+    assert any(low < tick < high for tick in gap.get_yticks())  # a number on a short axis
+    accuracy, kinds = figures.draw_mass({"x": log}, 3).axes
+    assert accuracy.lines[0].get_xydata().tolist() == [[1, 50], [40, 75]]
+    below = [0, 0, 0]
+    for i, layer in enumerate(kinds.collections):
+        corners = {tuple(vertex) for vertex in layer.get_paths()[0].vertices.round(6).tolist()}
+        for k, (step, own) in enumerate((x["step"], x["own"]) for x in log if "own" in x):
+            below[k] += 100 * list(figures.mass(own, 3).values())[i]
+            assert (step, round(below[k], 6)) in corners
+    assert below == pytest.approx([100] * 3)
+
+
+def test_the_gif_goes_from_the_first_look_to_the_last(tmp_path):
+    log = looks_and_logs()[r"$\x$_^%: lr 3"]
+    with figures.matplotlib.style.context({"figure.dpi": 40}):
+        path = figures.save_animation({"x": log}, 3, tmp_path)
+    with Image.open(path) as gif:
+        frames = [gif.seek(i) or gif.convert("RGB").tobytes() for i in range(gif.n_frames)]
+    assert len(set(frames)) == 3 and frames[0] != frames[1] != frames[-1] == frames[2]

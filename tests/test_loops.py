@@ -15,7 +15,7 @@ from conftest import mixed_model, plain_logps
 import train_dpo
 import train_sft
 from data import entropy_floor, is_exact, random_equations, random_pairs
-from model import GPT, GPTConfig, answer, generate, load_checkpoint, logps_of, save_checkpoint
+from model import GPT, GPTConfig, answers_to, load_checkpoint, logps_of, save_checkpoint
 
 SFT = "--depth 2 --width 16 --heads 2 --max-sum 20 --batch-size 8 --seed 5 --lr 0.006"
 DPO = "--sft start.pt --steps 4 --batch-size 8 --beta 0.3 --seed 5 --lr 0.003"
@@ -80,68 +80,39 @@ def update(rates, loss, parameters, optimizers):
         optimizer.step()
 
 
-class MuonByHand(torch.optim.Optimizer):
-    """The update of Muon from the singular values themselves, each mapped by the quintic."""
-
-    @torch.no_grad()
-    def step(self):
-        for p in self.param_groups[0]["params"]:
-            average = 0.95 * self.state[p].get("average", 0) + 0.05 * p.grad
-            self.state[p]["average"] = average
-            U, s, V = torch.linalg.svd(0.95 * average + 0.05 * p.grad, full_matrices=False)
-            s = s / s.norm().clamp(min=1e-7)  # nothing yet moves what a zero matrix hides
-            for _ in range(5):
-                s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-            scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
-            p.sub_(self.param_groups[0]["lr"] * scale * (U * s) @ V)
-
-
 def sft_by_hand(args):
     """The weights at the end, and the log."""
     model, rng = untrained(args), random.Random(args.seed)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers = [MuonByHand(matrices, {"lr": 0})]
+    optimizers = [train_sft.Muon(matrices, 0)]  # has a test of its own
     optimizers += [torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0)]
     validation = ["".join(x) for x in random_equations(random.Random(1_000_003), 1000, SEEN)]
     generator = torch.Generator().manual_seed(1_000_003)
-    losses, log, look_every = [], [], max(1, args.steps // 10)
+    losses, log, looks = [], [], [round(i * args.steps / 10) for i in range(1, 11)]
     for step in range(1, args.steps + 1):
         batch = random_equations(rng, args.batch_size, SEEN)
         loss = -sum(logp(model, *example) for example in batch) / args.batch_size
         rate = train_sft.learning_rate(args.lr, step, args.steps, 0.4)  # has a test of its own
         update([rate, 3 * rate], loss, matrices + others, optimizers)
         losses.append(loss.item())
-        if step % look_every == 0 or step == args.steps:
+        if step in looks:
             log.append({"step": step, "equations": step * args.batch_size})
-            log[-1]["loss"] = fmean(losses[-look_every:])
+            log[-1]["loss"], losses = fmean(losses), []
             log[-1]["gap"] = -logps_of(model, validation).mean().item() - entropy_floor(validation)
-            answers = answer(model, [*range(5, 21)] * 3, generator=generator)
+            answers = answers_to(model, [*range(5, 21)] * 3, generator=generator)
             log[-1]["exact"] = fmean(map(is_exact, answers))
     return model.state_dict(), log
 
 
-def pair_loss(args, z, chosen_logp, rejected_logp):
-    """Of one pair; z is the log-ratio of its chosen side less that of the other."""
+def pair_loss(args, z, chosen_logp):
+    """Of one pair; z is the log-ratio of its chosen side minus that of the other."""
     if args.loss == "imitation":
-        right, wrong = -chosen_logp, -rejected_logp
+        return -chosen_logp
     if args.loss == "ipo":
-        right, wrong = ((sign * z - 1 / (2 * args.beta)) ** 2 for sign in (1, -1))
-    if args.loss == "sigmoid":
-        right, wrong = ((1 + torch.exp(-sign * args.beta * z)).log() for sign in (1, -1))
+        return (z - 1 / (2 * args.beta)) ** 2
+    right, wrong = ((1 + torch.exp(-sign * args.beta * z)).log() for sign in (1, -1))
     return (1 - args.label_smoothing) * right + args.label_smoothing * wrong
-
-
-def kl_by_hand(policy, reference, prompts):
-    """Its gradient is that of the KL: each answer by its log-ratio less the mean of the others."""
-    answers = list(zip(prompts, generate(policy, prompts)))
-    logps = [logp(policy, *example) for example in answers]
-    ratios = [x.item() - logp(reference, *answer).item() for x, answer in zip(logps, answers)]
-    terms = []
-    for i, x in enumerate(logps):
-        others = ratios[:i] + ratios[i + 1 :]
-        terms.append((ratios[i] - fmean(others or [0])) * x)
-    return sum(terms) / len(terms)
 
 
 def dpo_by_hand(args):
@@ -156,23 +127,21 @@ def dpo_by_hand(args):
     log = [{"step": 0, "own": train_dpo.look(policy, reference, terms, 0)}]
     for step in range(1, args.steps + 1):
         written = rng.choices(PAIRS, k=B) if from_file else random_pairs(rng, B, SEEN, terms)
-        pairs, unpaired = source(written, policy, reference, terms)
-        losses = [-logp(policy, *example) * args.nll_weight for example in unpaired]
-        losses, logged = losses if args.nll_weight else [], []
+        pairs = source(written, policy, reference, terms)
+        losses, logged = [], []
         for prompt, chosen, rejected in pairs:
             logps = [logp(policy, prompt, side) for side in (chosen, rejected)]
             refs = [logp(reference, prompt, side) for side in (chosen, rejected)]
             rewards = [args.beta * (now - before) for now, before in zip(logps, refs)]
             margin = rewards[0] - rewards[1]
-            loss = pair_loss(args, margin / args.beta, *logps)
+            loss = pair_loss(args, margin / args.beta, logps[0])
             losses.append(loss - args.nll_weight * logps[0])
             wins = (margin > 0) + 0.5 * (margin == 0)
             logged.append([x.item() for x in (loss, *rewards, margin, wins, *logps)])
         loss = sum(losses) / B
         if args.kl_weight:
-            loss = loss + args.kl_weight * kl_by_hand(
-                policy, reference, [x for x, *_ in written[::2]]
-            )
+            prompts = [prompt for prompt, _, _ in written[::2]]  # the term has a test of its own
+            loss = loss + train_dpo.own_answers_loss(policy, reference, prompts, args.kl_weight)
         if losses or args.kl_weight:
             rate = train_sft.learning_rate(args.lr, step, args.steps, 0.7)
             update([rate], loss, parameters, [optimizer])
@@ -224,13 +193,12 @@ def test_muon_is_that_of_torch(shape):
         f"{SFT} --steps 3",
         f"{SFT} --steps 41 --batch-size 2",  # the rate rises for two steps
         f"{DPO} --pairs offline --label-smoothing 0.2 --nll-weight 0.7",
-        f"{DPO} --pairs offline --loss imitation --preferred-terms 4 --label-smoothing 0.2",
-        f"{DPO} --pairs pairs.jsonl --loss ipo --batch-size 4 --label-smoothing 0.2",
+        f"{DPO} --pairs offline --loss imitation --preferred-terms 4",
+        f"{DPO} --pairs pairs.jsonl --loss ipo --batch-size 4",
         f"{DPO} --pairs reference --kl-weight 0.6",
         f"{DPO} --pairs online --preferred-terms 2",
         f"{DPO} --pairs mistakes --nll-weight 0.7 --batch-size 3",
         f"{DPO} --pairs mistakes --batch-size 1 --lr 0.0005 --steps 41",
-        f"{DPO} --pairs mistakes --batch-size 1 --lr 0.0005 --steps 41 --nll-weight 0.7",
         f"{DPO} --pairs offline --kl-weight 0.6",
         f"{DPO} --pairs mistakes --batch-size 1 --lr 0.0005 --steps 41 --kl-weight 0.7",
     ],

@@ -18,13 +18,12 @@ import evaluate
 import train_dpo
 import train_sft
 from data import measure
-from model import answer, load_checkpoint, logratios_of
+from model import answers_to, load_checkpoint, logratios_of
 from plots import figures
 
 ROOT = Path(__file__).parent.parent
 LABELS = {"sft": "SFT", "dpo_offline": "offline", "dpo_offline_kl": "offline + KL"}
 LABELS |= {"dpo": "mistakes"}  # by file
-DRAWN = {"dist.png", "dist.gif", "sft_gap.png", "mass.png"}
 TINY = "--depth 1 --width 16 --heads 2 --max-sum 20 --batch-size 32"
 
 
@@ -54,19 +53,19 @@ def test_all_stages_leave_checkpoints_figures_and_results_that_agree(capsys):
     --ask prints a line for each model and sum, and another one for a sum that was never learned.
     """
     assert set(os.listdir("runs")) == {"sft.pt", "b.pt", "a.pt"}
-    assert set(os.listdir("plots")) == {"results.json", *DRAWN}
+    assert set(os.listdir("plots")) == {"results.json", *figures.FILES}
     models = json.loads(Path("plots/results.json").read_text())["models"]
     sft, _, sft_log = load_checkpoint("runs/sft.pt")
     for name, result in zip(("sft", "b", "a"), models.values()):
         model, args, log = load_checkpoint(f"runs/{name}.pt")
         assert result["args"] == args
-        drawn = answer(model, [n // 2 for n in range(10, 42)], generator=torch.manual_seed(3))
+        drawn = answers_to(model, [n // 2 for n in range(10, 42)], generator=torch.manual_seed(3))
         held_out = [x for x in drawn if int(x.split("=")[0]) in data.held_out_sums(20)]
         assert 0 < result["sampled"]["exact"] < 1
         assert result["sampled"] == measure(drawn, 3) and result["held out"] == measure(held_out, 3)
-        assert result["greedy"] == measure(answer(model, range(5, 21), greedy=True), 3)
+        assert result["greedy"] == measure(answers_to(model, range(5, 21), greedy=True), 3)
         assert result["kl"] == pytest.approx(logratios_of(model, sft, drawn).mean().item())
-        assert result["answers"] == answer(model, [20, 11, 9], generator=torch.manual_seed(3))
+        assert result["answers"] == answers_to(model, [20, 11, 9], generator=torch.manual_seed(3))
         wrong = [equation for equation in drawn if not data.is_exact(equation)]
         assert result["wrong"] == random.Random(3).sample(wrong, 3)
     assert [record["step"] for record in log if "own" in record] == [0, 1, 2]
@@ -79,53 +78,77 @@ def test_all_stages_leave_checkpoints_figures_and_results_that_agree(capsys):
     assert list(models) == ["SFT", "offline", "mistakes"] and not os.path.exists("nowhere")
 
 
-def refused(script, flags, capsys):
-    """The line in which a script complains, after which all files are as before."""
-
-    def contents():
-        return {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
-
-    before = contents()
-    with pytest.raises(SystemExit) as stop:
-        data.run_script(lambda: run(script, flags))
-    *lines, complaint = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and ": error: " in complaint and contents() == before
-    assert not any("error" in line for line in lines)
-    return complaint
+def files():
+    return {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
 
 
 BAD = {
-    train_sft: "--steps 0|--lr 1e30|--width 10|--max-sum 9|--seed -1|--device x|--out ''|--out runs"
-    f"|--out /dev/null/x.pt|--out /dev/null|--lr 1e9 {TINY} --steps 9",
-    train_dpo: "--preferred-terms 6|--beta 0|--label-smoothing 0.5|--loss x|--sft runs/none.pt"
-    "|--sft mine.jsonl|--pairs none|--pairs runs|--pairs ''|--lr 1e9 --steps 1|--out ''|--out runs"
-    "|--nll-weight -1|--nll-weight inf|--label-smoothing -0.1|--beta nan|--out ./runs/sft.pt"
-    "|--lr 1e9 --steps 9 --pairs mine.jsonl|--out /dev/null/x.pt|--out runs/sft.pt"
-    "|--out plots/../runs/sft.pt|--pairs mine.jsonl --out mine.jsonl",
-    evaluate: "--ask 0|--ask 9,x|--ask 1000|--ask ''|--samples 0|runs/none.pt|plots/results.json"
-    "|--plots-dir mine.jsonl|--sft none.pt --samples 1",
+    train_sft: "--steps 0|--lr 1e30|--width 10|--max-sum 9|--device x|--out ''|--out runs"
+    f"|--lr 1e9 {TINY} --steps 9",
+    train_dpo: "--preferred-terms 6|--beta 0|--label-smoothing 0.5|--sft runs/none.pt"
+    "|--sft mine.jsonl|--pairs none|--pairs runs|--loss x|--loss ipo --label-smoothing 0.1"
+    "|--nll-weight -1|--beta nan|--out plots/../runs/sft.pt|--pairs mine.jsonl --out mine.jsonl"
+    "|--lr 1e9 --steps 9 --pairs offline|--lr 1e9 --steps 1",
+    evaluate: "--ask 0|--ask 9,x|--samples 0|runs/none.pt|plots/results.json|--plots-dir mine.jsonl"
+    "|--plots-dir taken --samples 1",
 }
 
 
 @pytest.mark.parametrize("script, flags", [(x, f) for x in BAD for f in BAD[x].split("|")])
 def test_bad_input_ends_in_one_line_and_harms_no_file(script, flags, capsys):
-    complaint = refused(script, flags, capsys)
-    assert any(word.removesuffix("/x.pt") in complaint for word in shlex.split(flags))
-    assert ("1e9" in flags) == ("not finite" in complaint)
+    os.makedirs("taken/dist.gif", exist_ok=True)  # a folder where a figure should be
+    before = files()
+    with pytest.raises(SystemExit) as stop:
+        data.run_script(lambda: run(script, flags))
+    *lines, complaint = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and ": error: " in complaint and files() == before
+    assert not any("error" in line for line in lines)
+    assert any(word in complaint for word in shlex.split(flags)) or "1e9" in flags
+    assert ("1e9" in flags) == ("lower --lr" in complaint)
+
+
+def test_the_name_of_a_source_can_be_the_name_of_a_file(capsys):
+    """And a run that had no pair says so. A source of one's own is registered by its name."""
+    run(train_dpo, "--pairs offline --steps 1 --batch-size 2 --out offline")
+    assert load_checkpoint("offline")[1]["pairs"] == "offline"
+    assert "Warning" not in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_dpo.SOURCES, "none", lambda *_: [])
+        run(train_dpo, "--pairs none --steps 1 --out offline")
+    assert "Warning: no step had a pair" in capsys.readouterr().out
 
 
 def test_an_evaluation_of_less_says_which_figures_are_older(capsys, tmp_path):
-    flags = f"--samples 1 --plots-dir {tmp_path}"
+    flags = f"--samples 1 --plots-dir {shlex.quote(str(tmp_path))}"
     run(evaluate, f"{flags} runs/a.pt")
-    assert set(os.listdir(tmp_path)) == {"results.json", *DRAWN}
+    assert set(os.listdir(tmp_path)) == {"results.json", *figures.FILES}
     run(evaluate, f"{flags} runs/sft.pt")
     *_, last = capsys.readouterr().out.splitlines()
-    assert [name for name in sorted(DRAWN) if name in last] == ["dist.gif", "mass.png"]
+    assert [name for name in sorted(figures.FILES) if name in last] == ["dist.gif", "mass.png"]
+
+
+def test_the_defaults_are_those_that_the_pages_speak_of():
+    golden = {
+        train_sft: "steps 4250, batch_size 128, lr 0.006, depth 6, width 48, heads 4, max_sum 100",
+        train_dpo: "steps 500, batch_size 128, lr 0.001, preferred_terms 3, pairs mistakes,"
+        " beta 0.8, loss sigmoid, label_smoothing 0.0, nll_weight 0.0, kl_weight 0.0",
+        evaluate: "samples 100, plots_dir plots",
+        data: "count 10, max_sum 100, preferred_terms 3",
+    }
+    for script, defaults in golden.items():
+        args = vars(script.parse_args([]))
+        for default in defaults.split(", "):
+            name, value = default.split()
+            assert str(args[name]) == value and args["seed"] == 0
+
+
+# ---- the Makefile ----------------------------------------------------------------------------
 
 
 def make(project, *targets):
     """The jobs of `make -n`: install, the label of a model or evaluate; all words it prints."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("MA")}
+    env |= {"STEPS": "1000", "SAMPLES": "5"}  # of the user's own
     command, jobs = ["make", "-n", "--no-print-directory", *targets], []
     done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
@@ -137,36 +160,51 @@ def make(project, *targets):
     return jobs, done.stdout.split()
 
 
-def test_make_does_what_is_missing_or_old_and_clean_keeps_the_study(tmp_path):
-    """A fresh copy installs, trains four models, each as its label says, and evaluates them."""
+@pytest.fixture
+def project(tmp_path):
+    """A fresh copy, all of whose files are old."""
     ignored = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.tmp")
     project = shutil.copytree(ROOT, tmp_path / "project", ignore=ignored)
     for path in project.rglob("*"):
         os.utime(path, (1e9, 1e9))
+    return project
+
+
+def made(project, names):
+    """As after a run of make that made these files, one after another."""
+    for i, name in enumerate(names):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).touch()
+        os.utime(project / name, (2e9 + i, 2e9 + i))
+
+
+def test_make_trains_and_draws_what_is_missing_or_older_than_what_it_is_made_from(project):
     everything = [*LABELS.values(), "evaluate"]
     assert make(project)[0] == ["install", *everything]
     jobs, words = make(project, "quick")
     assert jobs == ["install", *everything] and "plots" not in words
     assert all(".venv/" in word or "runs/quick" in word for word in words if "/" in word)
-    drawn = [f"plots/{name}" for name in ("results.json", *DRAWN)]
-    products = [*(f"runs/{name}.pt" for name in LABELS), "runs/quick/sft.pt"]
-    kept = [".venv/installed", "runs/study/1/sft_0.pt", "runs/try.pt", *drawn]
-    for name in ("nothing", *LABELS):
-        for path in (project / product for product in kept[:3] + products + drawn):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        (project / f"runs/{name}.pt").unlink(missing_ok=True)
-        again = {"nothing": [], "sft": everything}.get(name, [LABELS.get(name), "evaluate"])
-        assert make(project)[0] == again
-    (project / "runs/dpo.pt").touch()
-    for name in drawn:
-        (project / name).touch()
-    for name in drawn:
+    models = [f"runs/{name}.pt" for name in LABELS]
+    products = [".venv/installed", *models, "plots/results.json"]
+    made(project, products)
+    assert make(project)[0] == []
+    for name, jobs in zip(models, (everything, *([x, "evaluate"] for x in everything[1:4]))):
         (project / name).unlink()
-        assert make(project)[0] == ["evaluate"]
-        (project / name).touch()
-    (project / "runs/dpo.pt").touch()
-    (project / "plots/figures.py").touch()
+        assert make(project)[0] == jobs
+        made(project, products)
+    made(project, [*products, "plots/figures.py"])
     assert make(project)[0] == ["evaluate"]
-    subprocess.run(["make", "clean"], cwd=project, check=True)
+
+
+def test_clean_keeps_the_study_and_a_failure_keeps_the_results(project):
+    kept = [".venv/installed", "runs/study/1/sft_0.pt", "runs/try.pt", "plots/results.json"]
+    products = [*(f"runs/{name}.pt" for name in LABELS), "runs/quick/sft.pt"]
+    made(project, kept + products)
+    python = project / ".venv/bin/python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\ntouch plots/results.json; exit 1\n")
+    python.chmod(0o755)
+    assert subprocess.run(["make"], cwd=project, capture_output=True).returncode == 2
+    assert (project / "plots/results.json").exists()
+    subprocess.run(["make", "clean"], cwd=project, check=True, stdout=subprocess.DEVNULL)
     assert [name for name in kept + products if (project / name).exists()] == kept

@@ -1,7 +1,6 @@
 """The study: its frontier, parts, tables and figures, against closed forms and plain loops."""
 
 import copy
-import itertools
 import json
 import math
 import os
@@ -12,37 +11,37 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mean
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALPHABET, mixed_model, plain_logits, plain_logp
+from conftest import ALPHABET, mixed_model, plain_logits, plain_logp, plain_logps, plain_rows
 
 import train_dpo
-from data import CUT_OFF, InputError, collate, entropy_floor, is_exact, is_preferred, parse
-from data import random_equations, random_pairs, read_pairs, seen_sums
-from model import GPT, GPTConfig, answer, completion_logps, generate, load_checkpoint
-from model import logratios_of, save_checkpoint
+from data import (CUT_OFF, InputError, collate, entropy_floor, is_exact, is_preferred, measure,
+                  parse, random_equations, random_pairs, read_pairs, seen_sums)  # fmt: skip
+from model import (GPT, GPTConfig, answers_to, fingerprint, generate, load_checkpoint,
+                   logratios_of, save_checkpoint)  # fmt: skip
 from plots.figures import STYLE
-from plots.study import collapse, frontier, interventions, judge, methods
-from plots.study import rlhf, runs, tables
-from train_sft import make_optimizers
+from plots.study import collapse, figures, frontier, interventions, methods, rlhf, runs, tables
+from train_sft import learning_rate
 
 SEEN = seen_sums(20)  # of the tiny models
 SEEDS = (1, 2, 3)
 SHORT = {"steps": 1, "batch-size": 4}
 SMALL = {  # the whole study in seconds: module: its constants
-    runs: {"SAMPLES": 5, "SEEDS": SEEDS},
+    runs: {"SAMPLES": 5, "SEEDS": SEEDS, "RATES": (3e-4, 1e-3)},
     train_dpo: {"EVEN_LOOKS": 1},
     methods: {
-        "RATES": (3e-4, 1e-3),
-        "FIRST_RATES": (3e-4, 1e-3),
+        "METHODS": {"offline + KL": {"pairs": "offline", "kl-weight": 0.1} | SHORT},
+        "MORE_METHODS": {"online": {"pairs": "online"} | SHORT},
+        "CHANGES": [{"kl-weight": 0.03}, {"beta": 2}],
         "PAIRS": 20,
         "EQUATIONS": 20,
         "SEEDS": SEEDS,
     },
-    rlhf: {"STEPS": 2, "BATCH": 8, "LOOKS": (1,), "SEEDS": SEEDS},
+    rlhf: {"STEPS": 3, "BATCH": 8, "LOOKS": (1,), "SEEDS": SEEDS},
     interventions: {"STEPS": 3, "BATCH": 8, "PAIRS": 20, "SEEDS": SEEDS},
     collapse: {
         "CASES": {
@@ -50,7 +49,6 @@ SMALL = {  # the whole study in seconds: module: its constants
             "a file": {"pairs in a file": 30} | SHORT,
         }
     },
-    judge: {"STEPS": 4, "PROMPTS": 3, "ANSWERS": 4},
 }
 
 
@@ -82,12 +80,9 @@ def changed(model, seed):
 
 
 def test_preferred_shares_of_a_fresh_model_follow_from_lengths():
-    """It gives each of 13 tokens the same probability. Of all sums up to 40, C(40, 3) - 4 ways."""
-    model, rows = GPT(GPTConfig(1, 4, 1, max_sum=40)).eval(), []
-    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    shares = frontier.preferred_shares(model, 3)
-    assert sum(rows) == math.comb(40, 3) - 4
-    for n, share in zip(range(5, 41), shares.tolist()):
+    """It gives each of 13 tokens the same probability."""
+    shares = frontier.preferred_shares(GPT(GPTConfig(1, 4, 1, max_sum=40)).eval(), 3)
+    for n, share in zip(range(5, 41), shares.tolist(), strict=True):
         ways = [f"{a}+{b}+{n - a - b}$" for a in range(1, n) for b in range(1, n - a)]
         assert share == pytest.approx(sum(13.0 ** -len(way) for way in ways), rel=1e-4)
 
@@ -112,17 +107,30 @@ def test_the_frontier_has_a_closed_form_and_golden_numbers():
     assert frontier.best_of_n(quarters, 3)[0] == pytest.approx(1 - 0.75**3)
 
 
-@pytest.mark.parametrize("kl_weight", [0.1, 0.2, 0.8])
-def test_the_optimum_with_a_kl_is_that_of_a_search_over_shares(kl_weight):
+@pytest.mark.parametrize("kl_weight, beta", [(0.1, 0.8), (0.2, 0.8), (0.8, 0.8), (0.1, 5)])
+def test_the_optimum_with_a_kl_is_that_of_a_search_over_shares(kl_weight, beta):
     """For one p, z = log-odds(s) - log-odds(p). With a small weight all answers are preferred."""
     p = 0.3
-    s = torch.linspace(p, 1 - 1e-9, 100_000).double()
+    s = torch.linspace(p, 1 - 1e-9, 1_000_000).double()
     z = s.logit() - math.log(p / (1 - p))
     kl = frontier.bernoulli_kl(s, torch.tensor(p).double())
-    best = (F.softplus(-0.8 * z) + kl_weight * kl).argmin()
-    share, its_kl = frontier.optimum_with_kl(torch.tensor([p]).double(), kl_weight, 0.8)
-    assert (share, its_kl) == pytest.approx((s[best].item(), kl[best].item()), abs=2e-3)
-    assert (share > 0.999) == (kl_weight == 0.1)
+    best = (F.softplus(-beta * z) + kl_weight * kl).argmin()
+    found = frontier.optimum_with_kl(torch.tensor([p]).double(), kl_weight, beta)
+    assert found == pytest.approx((s[best].item(), kl[best].item()), abs=1e-5)
+    assert (found[0] > 0.999) == ((kl_weight, beta) == (0.1, 0.8))
+
+
+def test_the_curve_goes_from_the_reference_to_the_end_and_has_the_best_of_n():
+    curve = methods.curve([[0.25] * 96, [0.5] * 96])
+    shares, kls = zip(*curve["curve"])
+    assert (shares[0], kls[0]) == pytest.approx((0.375, 0), abs=1e-9)
+    assert (shares[-1], kls[-1]) == pytest.approx((1, (math.log(4) + math.log(2)) / 2), abs=1e-3)
+    assert max(b - a for a, b in zip(shares, shares[1:])) < 0.05
+    (n, share, kl), *others = curve["best of n"]
+    assert (n, share) == (2, (1 - 0.75**2 + 0.75) / 2) and [x[0] for x in others] == [4, 8, 16]
+    assert kl == pytest.approx(
+        mean(frontier.best_of_n(torch.tensor([p]), 2)[1] for p in (0.25, 0.5))
+    )
 
 
 def test_the_parts_of_the_kl_are_unbiased():
@@ -135,19 +143,16 @@ def test_the_parts_of_the_kl_are_unbiased():
     pi[:, :2] *= torch.tensor([1.5, 2, 2.5, 3])[:, None]
     pi /= pi.sum(1, keepdim=True)
     s, p, ratios = pi[:, :2].sum(1), ref[:, :2].sum(1), (pi / ref).log()
-    truth = {"total": (pi * ratios).sum(1)}
-    truth["needed"] = s * (s / p).log() + (1 - s) * ((1 - s) / (1 - p)).log()
-    truth["preferred"] = (pi * (ratios - (s / p).log()[:, None]))[:, :2].sum(1)
+    truth = {"preferred": (pi * (ratios - (s / p).log()[:, None]))[:, :2].sum(1)}
     truth["others"] = (pi * (ratios - ((1 - s) / (1 - p)).log()[:, None]))[:, 2:].sum(1)
-    truth["excess"] = truth["total"] - frontier.frontier_kl(p, s.mean().item())
+    truth["excess"] = (pi * ratios).sum(1) - frontier.frontier_kl(p, s.mean().item())
     truth = {name: x.mean().item() for name, x in truth.items()}
     drawn = torch.multinomial(pi.repeat(10_000, 1), 20, True)
     sampled = ratios.repeat(10_000, 1).gather(1, drawn)
     parts = frontier.split_kl(sampled, drawn < 2, p.repeat(10_000))
     assert parts == pytest.approx(truth, abs=0.003) and min(truth.values()) > 0.03
-    for good, none, share in ((True, "others", p), (False, "preferred", 1 - p)):
-        parts = frontier.split_kl(sampled[:4], torch.full((4, 20), good), p)
-        assert parts[none] == 0 and parts["needed"] == pytest.approx(-share.log().mean().item())
+    for good, none in ((True, "others"), (False, "preferred")):
+        assert frontier.split_kl(sampled[:4], torch.full((4, 20), good), p)[none] == 0
 
 
 # ---- kept results and workers ----------------------------------------------------------------
@@ -171,30 +176,25 @@ def test_a_result_is_computed_once_and_never_half_written():
     assert len(list(folder.iterdir())) == 1
 
 
-def test_the_hash_of_code_is_that_of_a_file_and_what_it_imports(tmp_path, monkeypatch):
+def test_the_hash_of_code_changes_with_what_a_file_and_its_imports_do(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "FOLDER", tmp_path / "plots" / "study")
     part, imported, other = (tmp_path / f"{name}.py" for name in ("part", "imported", "other"))
     part.write_text("from imported import x")
     hashes = []
-    for file in (imported, other, part, imported):
+    for file, line in ((imported, "x = 1"), (other, "x = 1"), (part, "# x"), (imported, "x = 2")):
         with file.open("a") as code:
-            code.write("\nx = 1\n")
+            code.write(f"\n\n{line}\n")
         hashes.append(runs.hash_of_code.__wrapped__(str(part)))
-    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
 
 
-def test_a_failing_run_is_named_at_once():
-    with ThreadPoolExecutor(2) as pool:
-        start = time.time()
-        with pytest.raises(RuntimeError, match="1_0"):
-            runs.gather(pool, "", sleep_or_divide, {"slow": [(0.6, 1)], "bad": [(1, 0)]})
-        assert time.time() - start < 0.5
+def divide(x, y):
+    return x / y
 
 
-def sleep_or_divide(seconds, divisor):
-    if divisor:
-        time.sleep(seconds)
-    return seconds / divisor
+def test_a_failing_run_is_named():
+    with ThreadPoolExecutor(2) as pool, pytest.raises(RuntimeError, match="1_0"):
+        runs.gather(pool, "", divide, {"good": [(1, 2)], "bad": [(1, 0)]})
 
 
 INTERRUPTED = """
@@ -258,52 +258,53 @@ def test_all_that_is_asked_of_a_model_is_that_of_plain_loops(sft):
     assert result["offline pairs"] == pytest.approx(expected, abs=1e-4)
 
     fives = [n for n in range(5, 21) for _ in range(5)]
-    drawn = answer(policy, fives, generator=torch.manual_seed(seed))
+    drawn = answers_to(policy, fives, generator=torch.manual_seed(seed))
     good = torch.tensor([is_preferred(equation, 3) for equation in drawn])
-    ratios = logratios_of(policy, sft, drawn).double()
+    ratios = logratios_of(policy, sft, drawn)
+    assert result["sampled"] == measure(drawn, 3) and result["seed"] == seed
+    assert result["kl"] == pytest.approx(ratios.mean().item())
     assert result["kl parts"] == frontier.split_kl(ratios.view(16, 5), good.view(16, 5), p)
-    largest = answer(policy, [20] * 1000, generator=torch.manual_seed(seed))
+    held_out = [is_exact(x) for n, x in zip(fives, drawn) if n not in SEEN]
+    assert result["held out"] == fmean(held_out)
+    largest = answers_to(policy, [20] * 1000, generator=torch.manual_seed(seed))
     assert result["largest"] == fmean(map(is_exact, largest))
+    assert len(runs.own_answers(policy, sft, 0)[0]) == len(drawn) / 5
 
 
-def shares(preferred, exact=0.9):
-    return {"sampled": {"preferred": preferred, "exact": exact, "n": 1000}}
+def test_the_gap_of_sft_and_a_lost_checkpoint():
+    """A checkpoint that was deleted is trained again, though the results made from it are kept."""
+    equations = random_equations(random.Random(methods.EQUATION_SEED), 20, seen_sums())
+    equations = ["".join(example) for example in equations]
+    gap = -fmean(plain_logp(runs.start(2)[0], x) for x in equations) - entropy_floor(equations)
+    assert methods.run_sft(2)["gap"] == pytest.approx(gap, abs=1e-4)
+    runs.kept(runs.sft, 3)
+    path = runs.RUNS / "sft_3.pt"
+    before = path.read_bytes()
+    path.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.train_sft, "main", lambda args: Path(args.out).write_bytes(before))
+        assert fingerprint(runs.start(3)[0]) == fingerprint(load_checkpoint(path)[0])
 
 
-def test_most_preferred_answers_win_unless_others_within_the_noise_are_more_exact():
-    """Two standard errors of a difference are 0.028 for shares of 0.89, and 0.015 for 0.95 and 1.
-
-    At a share of 1 there is noise in the other share still.
-    """
-    a, b, c = shares(0.9, 0.9), shares(0.88, 0.95), shares(0.86, 1.0)
-    for tried in itertools.permutations([("a", a), ("b", b), ("c", c)]):
-        assert methods.most_preferred(tried) == "b"
-    assert methods.most_preferred([("a", shares(0.9, 0.95)), ("b", shares(0.9, 0.96))]) == "a"
-    assert methods.most_preferred([("a", shares(1.0, 0.9)), ("b", shares(0.999, 0.99))]) == "b"
-
-
-def test_the_rates_beside_the_best_one_are_tried_too(monkeypatch):
-    """Most are preferred at the best rate, and fewer the farther it is; b = 2 adds some."""
-    monkeypatch.setattr(methods, "RATES", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
-    best = {"low": 3e-5, "middle": 3e-4, "high": 3e-3, "beyond": 1}
+def test_every_rate_is_tried_and_the_most_preferred_one_is_taken(monkeypatch):
+    """Most are preferred at the best rate, and fewer the farther it is."""
+    monkeypatch.setattr(runs, "RATES", (1e-5, 1e-4, 1e-3, 1e-2))
+    best = {"low": 1e-5, "middle": 1e-4, "high": 1}
 
     def run(settings, seed):
         distance = abs(math.log(settings["lr"] / best[settings["m"]]))
-        return shares(0.7 - 0.1 * distance + 0.1 * settings["b"]) | {"run": [settings, seed]}
+        shares = {"preferred": 0.7 - 0.01 * distance, "exact": settings["lr"]}
+        return {"sampled": shares, "run": [settings, seed]}
 
-    variants = {name: [{"m": name, "b": b} for b in (1, 2)] for name in best}
     with ThreadPoolExecutor(1) as pool:
-        entries = methods.at_best_settings(pool, run, variants, (4, 2))
-    first = [(b, lr) for b in (1, 2) for lr in methods.FIRST_RATES]
-    more = {"low": [1e-4, 3e-5, 1e-5], "middle": [1e-4], "high": [3e-3, 1e-2]}
-    more["beyond"] = more["high"]
-    for name in best:
-        tried, settings = entries[name]["tried"], entries[name]["settings"]
-        rates = [(settings["b"], settings["lr"]) for settings, _, _ in tried]
-        assert rates == first + [(2, lr) for lr in more[name]]
-        assert tried[0][1:] == [run(tried[0][0], 0)["sampled"]["preferred"], 0.9]
-        assert settings == {"m": name, "b": 2, "lr": min(best[name], 1e-2)}
-        assert [x["run"] for x in entries[name]["runs"]] == [[settings, 4], [settings, 2]]
+        rows = runs.at_best_rate(pool, run, {name: {"m": name} for name in best}, (4, 2))
+    for name, row in rows.items():
+        settings = {"m": name, "lr": min(best[name], 1e-2)}
+        assert row["settings"] == settings
+        assert [lr for lr, *_ in row["tried"]] == [lr for _, _, lr in row["tried"]] == [*runs.RATES]
+        of_seed_0 = [run({"m": name, "lr": lr}, 0)["sampled"]["preferred"] for lr in runs.RATES]
+        assert [preferred for _, preferred, _ in row["tried"]] == of_seed_0
+        assert [result["run"] for result in row["results"]] == [[settings, 4], [settings, 2]]
 
 
 # ---- RLHF ------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def plain_reward(model, equation):
 
 
 @pytest.fixture(scope="module")
-def reward_model(sft):
+def reward_model():
     """It has learned for some steps, at a high rate."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf, "STEPS", 40)
@@ -327,52 +328,93 @@ def reward_model(sft):
     return model
 
 
-def test_rewards_are_those_of_the_last_tokens_and_learned_from_the_pairs(sft, reward_model):
+def test_rewards_are_those_of_the_last_tokens_and_learned_from_the_pairs(reward_model):
     equations = ["9=3+3", "20=10+9+1", "9=4+5…", "5=", "20=1+1+1+1+16", "7=…"]
     examples = [(f"{n}=", side) for n, side in (equation.split("=") for equation in equations)]
     expected = [plain_reward(reward_model, equation) for equation in equations]
     assert rlhf.rewards_of(reward_model, examples).tolist() == pytest.approx(expected, abs=1e-5)
-    about = rlhf.about_rewards(reward_model, sft, 4)
+    means = {}
     for kind, examples in rlhf.kinds_of_answers(4, SEEN).items():
         right, three = "exact" in kind, "3 terms" in kind
         assert all(is_exact(x + y) == right and (y.count("+") == 2) == three for x, y in examples)
-        assert about[kind] == pytest.approx(
-            rlhf.rewards_of(reward_model, examples).mean().item(), abs=1e-5
-        )
-    assert about["3 terms, exact"] > about["other count, exact"] + 0.5
+        means[kind] = rlhf.rewards_of(reward_model, examples).mean().item()
+    assert means["3 terms, exact"] > means["other count, exact"] + 0.5
 
 
-def test_the_optimum_of_the_learned_reward_weighs_answers_by_hand(sft, reward_model):
-    """Five answers to a sum are weighed by exp(r / beta); the KL is the mean of log(5 weight)."""
-    found = {"preferred": 0, "exact": 0, "kl": 0}
-    fives = [n for n in SEEN for _ in range(5)]
-    answers = answer(sft, fives, generator=torch.manual_seed(4))
-    for i in range(0, len(answers), 5):
-        factors = [math.exp(plain_reward(reward_model, x) / 0.8) for x in answers[i : i + 5]]
-        for factor, equation in zip(factors, answers[i : i + 5]):
-            weight = factor / sum(factors)
-            found["preferred"] += weight * is_preferred(equation, 3) / len(SEEN)
-            found["exact"] += weight * is_exact(equation) / len(SEEN)
-            found["kl"] += weight * math.log(5 * weight) / len(SEEN)
-    optimum = rlhf.about_rewards(reward_model, sft, 4)["optimum"]
-    assert optimum == pytest.approx(found, abs=1e-5)
+def plain_steps(policy, lr, steps, loss_of_step):
+    """AdamW steps down these losses, at the rates of train_dpo.py."""
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0)
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = learning_rate(lr, step, steps, 0.7)
+        optimizer.zero_grad()
+        loss_of_step().backward()
+        optimizer.step()
+
+
+def assert_same_weights(trained, plain, start):
+    """But for rounding; training has moved them."""
+    for x, y, before in zip(*(model.parameters() for model in (trained, plain, start))):
+        assert (x - y).abs().max() < 1e-7 < 1e-4 < (y - before).abs().max()
+
+
+def test_the_policy_of_rlhf_learns_as_in_a_plain_loop(sft, reward_model):
+    """By its reward minus beta times its log-ratio, from answers to the sums that training sees."""
+    trained, plain, reference = (copy.deepcopy(sft).double() for _ in range(3))
+    reward_model = copy.deepcopy(reward_model).double()
+    settings = {"beta": 0.3, "lr": 2e-3}
+    path = rlhf.train_policy(trained, reference, reward_model, settings, 7)
+    assert [look["step"] for look in path] == [0, 1]
+    torch.manual_seed(7)
+    rng = random.Random(7)
+
+    def loss():
+        prompts = [f"{n}=" for n in rng.choices(SEEN, k=8)]
+        answers = [x + y for x, y in zip(prompts, generate(plain, prompts))]
+        logps, terms = [logp(plain, x) for x in answers], []
+        gains = [
+            plain_reward(reward_model, x) - 0.3 * (now.item() - logp(reference, x).item())
+            for x, now in zip(answers, logps)
+        ]
+        for i in range(8):
+            others = fmean(gains[:i] + gains[i + 1 :])
+            terms.append(-(gains[i] - others) * logps[i])
+        return sum(terms) / 8
+
+    plain_steps(plain, 2e-3, 3, loss)
+    assert_same_weights(trained, plain, sft)
+
+
+def logp(model, equation, places=None):
+    """log pi of the completion, or of its tokens in these places; with gradients."""
+    tokens, logps = plain_logps(model, equation)
+    places = range(len(tokens)) if places is None else places
+    return sum(logps[i, tokens[i]] for i in places)
 
 
 # ---- interventions ---------------------------------------------------------------------------
 
 
-def test_the_tokens_of_rejected_sides_that_count():
-    tokens, mask = collate([("43=", side) for side in ("4+5", "10+30+13", "20", "1+22")])
+def test_the_tokens_of_rejected_sides_that_count(sft):
+    """Those below one half are found one by one."""
+    equations = [f"20={side}" for side in ("4+5", "10+30+13", "20", "1+22")]
+    tokens, mask = collate([("20=", equation[3:]) for equation in equations])
+    unlikely = [
+        "".join(ALPHABET[t] for t, logps in plain_rows(sft, equation) if logps[t] < math.log(0.5))
+        for equation in equations
+    ]
     expected = {
         interventions.all_tokens: ["4+5$", "10+30+13$", "20$", "1+22$"],
-        interventions.end_token: ["$", "$", "$", "$"],
+        interventions.all_but_last_term: ["4+$", "10+30+$", "$", "1+$"],
         interventions.first_terms: ["4+", "10+30+", "", "1+"],
         interventions.last_term: ["5", "13", "20", "22"],
+        interventions.end_token: ["$", "$", "$", "$"],
+        interventions.unlikely_tokens: unlikely,
     }
     for tokens_that_count, texts in expected.items():
-        rows = zip(tokens.tolist(), tokens_that_count(tokens, mask).tolist())
+        rows = zip(tokens.tolist(), tokens_that_count(tokens, mask, sft).tolist())
         kept = ["".join(ALPHABET[t] for t, counts in zip(*row) if counts) for row in rows]
         assert kept == texts
+    assert {function for function, _ in interventions.VARIANTS.values()} == expected.keys()
 
 
 def test_half_of_the_rejected_sides_have_a_wrong_sum():
@@ -385,169 +427,105 @@ def test_half_of_the_rejected_sides_have_a_wrong_sum():
     assert fmean(len(terms) == 3 for _, terms in wrong) == pytest.approx(0.5, abs=0.08)
 
 
-def test_the_variant_offline_ends_in_the_weights_of_the_script():
-    """In double precision. z at the end is that of other pairs."""
-    flags = {"pairs": "offline", "lr": 3e-3, "steps": 3, "batch-size": 8, "seed": 2}
-    flags["sft"] = runs.RUNS / "sft_2.pt"
-    torch.set_default_dtype(torch.float64)
-    try:
-        by_script = load_checkpoint(runs.trained(train_dpo, "script", flags))[0]
-        policy, reference = (load_checkpoint(flags["sft"])[0] for _ in range(2))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    z, expected = interventions.train(policy, reference, "offline", 3e-3, 2), []
-    for ours, theirs, start in zip(*(x.parameters() for x in (policy, by_script, reference))):
-        assert (ours - theirs).abs().max() < 1e-9 < (theirs - start).abs().max()
-    for x, *pair in random_pairs(random.Random(interventions.PAIR_SEED), 20, SEEN, 3):
-        a, b = (plain_logp(policy, x + y) - plain_logp(reference, x + y) for y in pair)
-        expected.append(a - b)
-    assert z == pytest.approx(fmean(expected))
-
-
-def test_collapse_trains_on_the_pairs_of_its_file():
-    settings = {"pairs": "offline", "pairs in a file": 7} | SHORT
-    collapse.run(settings, 1)
-    _, args, _ = load_checkpoint(runs.RUNS / f"{runs.name_of((settings, 1))}.pt")
-    assert read_pairs(args["pairs"], 100) == random_pairs(random.Random(1), 7, seen_sums(), 3)
-
-
-# ---- the noisy judge -------------------------------------------------------------------------
-
-
-def loss_by_hand(kind, policy, reference, prompts):
-    """Of three prompts with four answers each, at beta = 0.5.
-
-    The preferred of two answers wins with probability sigmoid(1), either of two equals with 1/2.
-    """
-    completions = generate(reference if kind == "reference DPO" else policy, prompts)
-    batch = collate(list(zip(prompts, completions)))
-    logps = completion_logps(policy, *batch)
-    ratios = logps - completion_logps(reference, *batch).detach()
-    good = [float(is_preferred(x + y, 3)) for x, y in zip(prompts, completions)]
-    costs, loss = [0.5 * ratio.item() - x for ratio, x in zip(ratios, good)], 0
-    for i, j in itertools.permutations(range(12), 2):
-        if kind == "RL":
-            loss += (costs[i] - costs[j]) / 11 * logps[i] / 12
-        elif i // 4 == j // 4:
-            wins = 1 / (1 + math.exp(good[j] - good[i]))
-            loss -= wins * F.logsigmoid(0.5 * (ratios[i] - ratios[j])) / 18
-    return loss
-
-
-@pytest.mark.parametrize("kind", judge.KINDS)
-def test_training_with_a_noisy_judge_is_that_of_a_plain_loop(kind, sft):
+@pytest.mark.parametrize("variant", ["offline", "tokens below one half", "half wrong sums"])
+def test_interventions_train_as_a_plain_loop(sft, variant):
+    """The tokens that count do so in policy and reference alike. z at the end is of other pairs."""
     trained, plain, reference = (copy.deepcopy(sft).double() for _ in range(3))
-    judge.train(trained, reference, {"kind": kind, "beta": 0.5, "lr": 3e-3}, 7)
-    torch.manual_seed(7)
-    rng, optimizers = random.Random(7), make_optimizers(plain, 3e-3)
-    for step in range(1, 5):
-        prompts = [f"{n}=" for n in rng.choices(SEEN, k=3) for _ in range(4)]
-        runs.update(optimizers, loss_by_hand(kind, plain, reference, prompts), step, 4)
-    for ours, theirs, start in zip(*(x.parameters() for x in (trained, plain, sft))):
-        assert (ours - theirs).norm() < 1e-3 * (theirs - start).norm()
+    z = interventions.train(trained, reference, variant, 2e-3, 7)
+    rng, rng_of_sides = random.Random(7), random.Random(7)
 
+    def zs_of(pairs):
+        for x, chosen, rejected in pairs:
+            if variant == "half wrong sums":
+                rejected = interventions.half_wrong_sums(rng_of_sides, (x, chosen, rejected))
+            rows = plain_rows(reference, x + rejected)
+            places = [i for i, (t, logps) in enumerate(rows) if logps[t] < math.log(0.5)]
+            places = places if variant == "tokens below one half" else None
+            right = logp(plain, x + chosen) - logp(reference, x + chosen).detach()
+            wrong = logp(plain, x + rejected, places)
+            yield right - wrong + logp(reference, x + rejected, places).detach()
 
-def test_the_curve_of_the_optimum_and_the_nearest_rate():
-    """p = 1/4, beta = 0.8: the golden share of the frontier, between two points of the curve."""
-    curve = judge.curve([[0.25] * 96] * 2)
-    (share,) = [share for beta, share in curve if beta == pytest.approx(0.8)]
-    assert share == pytest.approx(0.5377748, abs=1e-5)
-    optimum = {"optimum": {"preferred": 0.5}}
-    tried = [(lr, shares(share) | optimum) for lr, share in ((1, 0.3), (2, 0.6), (3, 0.9))]
-    assert judge.nearest(tried) == 2
+    def loss():
+        zs = list(zs_of(random_pairs(rng, 8, SEEN, 3)))
+        return sum(F.softplus(-0.8 * z) for z in zs) / 8
+
+    plain_steps(plain, 2e-3, 3, loss)
+    assert_same_weights(trained, plain, sft)
+    others = random_pairs(random.Random(interventions.PAIR_SEED), 20, SEEN, 3)
+    assert z == pytest.approx(fmean(z.item() for z in zs_of(others)))
 
 
 # ---- the whole study -------------------------------------------------------------------------
 
 
-class Pool(ThreadPoolExecutor):
-    """In which a run does not start before the SFT model of its seed is there."""
-
-    def submit(self, kept, run, *task):
-        assert run is runs.sft or runs.path_of(runs.sft, task[-1:]).exists()
-        return super().submit(kept, run, *task)
-
-
 @pytest.fixture(scope="module")
-def study(sft):
-    """All parts, twice: the second time from the files of the first. One method stands for all."""
+def study():
+    """All parts, twice: the second time from the files of the first."""
     content = {}
-    of_methods = sum((methods.METHODS | methods.MORE_METHODS).values(), [])
-    settings = [s | {"lr": lr} for s in of_methods for lr in methods.RATES]
-    settings += [methods.OFFLINE | {"kl-weight": x, "lr": 3e-4} for x in methods.KL_WEIGHTS]
-    for seed in (0, *SEEDS):
-        runs.kept(runs.sft, seed)
-        result = methods.run({"pairs": "mistakes", "lr": 3e-3} | SHORT, seed)
-        for of_method in settings:
-            path = runs.path_of(methods.run, (of_method, seed))
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(result))
-
-    def files():
-        return {path: path.stat().st_mtime_ns for path in runs.RUNS.rglob("*.*")}
-
-    with Pool(1) as pool:
-        for module in (methods, rlhf, interventions, collapse, judge):
-            for path in runs.path_of(runs.sft, (0,)).parent.iterdir():
-                path.unlink()
+    with ThreadPoolExecutor(1) as pool:
+        for module in (methods, rlhf, interventions, collapse):
             part = getattr(module, module.__name__.split(".")[-1])
-            content[part.__name__], before = part(pool), files()
-            assert json.dumps(part(pool)) == json.dumps(content[part.__name__])
-            assert files() == before
-    return json.loads(json.dumps(content))
+            content[part.__name__] = json.loads(json.dumps(part(pool)))
+            files = {path: path.stat().st_mtime_ns for path in runs.RUNS.rglob("*.*")}
+            assert json.loads(json.dumps(part(pool))) == content[part.__name__]
+            assert files == {path: path.stat().st_mtime_ns for path in runs.RUNS.rglob("*.*")}
+    return content
 
 
-def seeds_of(results):
-    return [result["seed"] for result in results]
-
-
-def test_part_1_has_all_runs_and_the_gap_of_sft(study):
-    sft = study["methods"]["sft"]
-    for method in study["methods"]["methods"].values():
-        flags = [f"--{flag}={value}" for flag, value in method["settings"].items()]
-        assert train_dpo.parse_args(flags) and seeds_of(method["runs"]) == list(SEEDS)
-        assert method["runs"][1]["kl"] != 0 == sft[1]["kl"] == method["runs"][1]["looks"][0]["kl"]
-    assert [seeds_of(x) for x in study["methods"]["kl weights"].values()] == [[1, 2, 3]] * 5
-    equations = random_equations(random.Random(methods.EQUATION_SEED), 20, seen_sums())
-    equations = ["".join(example) for example in equations]
-    gap = -fmean(plain_logp(runs.start(2)[0], x) for x in equations) - entropy_floor(equations)
-    assert sft[1]["gap"] == pytest.approx(gap, abs=1e-4)
-
-
-def test_the_other_parts_have_all_runs(study):
-    assert len(study["rlhf"]["rewards"]) == 3
+def test_every_part_has_all_rows_rates_and_seeds(study):
+    of_methods = study["methods"]["methods"]
+    assert of_methods.keys() == methods.METHODS.keys() | methods.MORE_METHODS.keys()
+    assert study["rlhf"]["methods"].keys() == {"RLHF", "RLHF without the KL"}
     assert {"offline", *study["interventions"]} == interventions.VARIANTS.keys()
-    for of_part in (study["rlhf"]["methods"], study["interventions"], study["collapse"]):
-        entries = of_part.values()
-        assert len({entry["runs"][0]["kl"] for entry in entries}) == len(entries) > 1
-        assert {tuple(seeds_of(entry["runs"])) for entry in entries} == {(1, 2, 3)}
-        assert {len(entry["tried"]) for entry in entries} == {2}
-    zs = [entry["runs"][0]["z of pairs"] for entry in study["interventions"].values()]
-    assert len(set(zs)) == len(zs)
-    for run in study["collapse"]["five terms"]["runs"]:
-        assert run["sampled"]["preferred"] == run["sampled"]["exact_counts"].get("5", 0)
-    for entry in study["judge"]["study"].values():
-        beta, results = entry["settings"]["beta"], entry["runs"]
-        assert seeds_of(results) == [1, 2, 3] and len(entry["tried"]) == 2
-        for result in results:
-            p = runs.start(result["seed"])[2]
-            share, kl = frontier.optimal_policy(p, 1 / beta)
-            assert result["optimum"] == pytest.approx({"preferred": share, "kl": kl})
-            sampled = result["sampled"]
-            assert 0 <= sampled["preferred"] <= sampled["exact"] <= 1 and result["kl"] != 0
+    assert study["collapse"].keys() == collapse.CASES.keys()
+    for part in (of_methods, study["rlhf"]["methods"], study["interventions"], study["collapse"]):
+        for row in part.values():
+            assert [lr for lr, *_ in row["tried"]] == [*runs.RATES]
+            assert row["settings"]["lr"] in runs.RATES
+            assert [result["seed"] for result in row["results"]] == [*SEEDS]
+            assert len({result["kl"] for result in row["results"]} - {0}) == len(SEEDS)
+        ends = {json.dumps(row["results"]) for row in part.values()}
+        assert len(ends) == len(part)
+    assert len(study["rlhf"]["rewards"]) == len(study["methods"]["sft"]) == len(SEEDS)
+    (results,) = study["methods"]["default rate"].values()
+    assert results[0]["looks"][0]["kl"] == 0 != results[0]["kl"]
+    assert [x["settings"] for x in study["methods"]["changes"]] == methods.CHANGES
+    for result in study["collapse"]["five terms"]["results"]:
+        assert result["sampled"]["preferred"] == result["sampled"]["exact_counts"].get("5", 0)
+
+
+def test_every_run_starts_from_the_sft_model_of_its_seed_with_its_settings(study):
+    """What the checkpoints say, which the scripts have written."""
+    names, defaults = [], train_dpo.parse_args([])
+    for path in set(runs.RUNS.glob("*.pt")) - set(runs.RUNS.glob("sft_*.pt")):
+        _, args, _ = load_checkpoint(path)
+        sft = load_checkpoint(runs.RUNS / f"sft_{args['seed']}.pt")[0]
+        assert args["reference"] == fingerprint(sft) and path.stem.endswith(f"_{args['seed']}")
+        settings = {"steps": 1, "batch-size": 4, "lr": args["lr"], "kl-weight": args["kl_weight"]}
+        settings["beta"] = args["beta"]
+        if "file" in path.stem:
+            expected = random_pairs(random.Random(args["seed"]), 30, seen_sums(), 3)
+            assert read_pairs(args["pairs"], 100, 3) == expected
+        for flag, value in settings.items():
+            default = getattr(defaults, flag.replace("-", "_"))
+            assert (f"{flag}={value:g}" in path.stem) or value == default
+        names.append(path.stem)
+    assert len(names) == 2 * (2 + 3) + 3 * (1 + 2) + 2 * (2 + 3)
 
 
 # ---- the pages -------------------------------------------------------------------------------
 
+PUBLISHED = {}
 
-def test_all_tables_and_figures_are_made_or_none(study, tmp_path, monkeypatch):
+
+def test_all_tables_and_figures_are_made_or_none(tmp_path, monkeypatch):
     one, other = tmp_path / "a.md", tmp_path / "b.md"
     text = "kept\n" + "".join(f"<!-- table {x} -->\nOLD\n<!-- end -->\n" for x in tables.TABLES)
     monkeypatch.setattr(tables, "PAGES", (one, other))
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     with pytest.raises(InputError, match="make methods"):
         tables.main()
-    for name, content in study.items():
+    for name, content in PUBLISHED.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     one.write_text(text)
     other.write_text("<!-- table unknown -->\n<!-- end -->")
@@ -558,8 +536,42 @@ def test_all_tables_and_figures_are_made_or_none(study, tmp_path, monkeypatch):
     tables.main()
     page = one.read_text()
     assert page.startswith("kept\n<!-- table ") and "OLD" not in page and "nan" not in page
-    assert tables.fill(page, tables.read_study()) == page
-    assert {x.stem for x in tmp_path.glob("*.png")} == {"frontier", "rewards", "rlhf", "judge"}
+    assert tables.fill(page, PUBLISHED) == page
+    assert {x.stem for x in tmp_path.glob("*.png")} == {"frontier", "rates", "rewards", "rlhf"}
+
+
+def percent(row, metric):
+    return 100 * fmean(result["sampled"][metric] for result in row)
+
+
+def test_the_figures_show_what_is_in_the_json():
+    """The numbers are read back from the axes."""
+    rows, results = tables.rows_of(PUBLISHED), tables.results_of(PUBLISHED)
+    for axes, column in zip(figures.draw_rates(rows).axes, (1, 2)):
+        shown = axes.images[0].get_array().tolist()
+        for values, row, frame in zip(shown, rows.values(), axes.patches, strict=True):
+            assert values == [100 * of_rate[column] for of_rate in row["tried"]]
+            assert runs.RATES[round(frame.get_x() + 0.5)] == row["settings"]["lr"]
+    for axes in figures.draw_frontier(PUBLISHED, results).axes:
+        points = [tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xydata()) == 1]
+        for name in tables.NEEDS:
+            kl = fmean(result["kl"] for result in results[name])
+            assert pytest.approx((kl, percent(results[name], "preferred"))) in points, name
+    axes = figures.draw_frontier(PUBLISHED, results).axes[0]
+    for name in figures.WITH_PATH:
+        path = [[look["kl"], 100 * look["preferred"]] for look in results[name][0]["looks"]]
+        assert path in [line.get_xydata().tolist() for line in axes.lines]
+    (axes,) = figures.draw_rewards(results).axes
+    shown = [line.get_xydata().tolist() for line in axes.lines]
+    for i, name in enumerate(figures.WITH_REWARDS):
+        for side in ("chosen", "rejected"):
+            rewards = [[0.8 * r["offline pairs"][side], i] for r in results[name]]
+            assert rewards in shown
+    names = "SFT", "offline", "offline + KL", "RLHF", "RLHF without the KL"
+    for axes, name in zip(figures.draw_same_pairs(results).axes, names, strict=True):
+        bars = {round(bar.get_x() + 0.4): bar.get_height() for bar in axes.patches}
+        of_three = 100 * fmean(r["sampled"]["exact_counts"].get("3", 0) for r in results[name])
+        assert bars[3] == pytest.approx(of_three)
 
 
 def test_cells_by_hand():
@@ -567,6 +579,8 @@ def test_cells_by_hand():
     assert list(map(tables.cell, values)) == ["0.988", "12.5 ± 0.7", "0.000", "1.000", ""]
     assert tables.cell([12.0, None, 13.0], spread=False) == "12.5"
     assert tables.cells_of([{"x": None}], {"x": lambda r: r["x"]}, ["x"]) == [""]
+    rates = [tables.rate_of({"settings": {"lr": lr}}) for lr in (3e-6, 1e-3, 1e-2)]
+    assert rates == ["3e-06 (lowest)", "0.001", "0.01 (highest)"]
 
 
 def test_paired_differences_by_hand():

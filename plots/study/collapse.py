@@ -1,9 +1,9 @@
 """Part 4 of the study: when do offline pairs fail? One setting changed at a time.
 
-    python -m plots.study.collapse            # writes collapse.json
+    python -m plots.study.collapse
 
-Every run is train_dpo.py with `--pairs offline`, or with a file of such pairs. Each case has the
-rate that is best for it.
+It writes collapse.json. Every run is train_dpo.py with `--pairs offline`, or with a file of such
+pairs. Each case has the rate that is best for it. Part 1 has the runs in which nothing is changed.
 """
 
 import contextlib
@@ -11,11 +11,9 @@ import io
 
 import data
 import train_dpo
-from data import write_file
-from evaluate import result_of
+from data import measure, write_file
 from model import load_checkpoint
 from plots.study import runs
-from plots.study.methods import OFFLINE, at_best_settings
 from plots.study.runs import FEWER
 
 CASES = {  # flags of train_dpo.py; "pairs in a file" is done here
@@ -38,23 +36,23 @@ def file_of_pairs(count, seed):
 
 def run(settings, seed):
     """The result of one run."""
-    name = runs.name_of((settings, seed))
-    flags = settings | {"seed": seed, "sft": runs.RUNS / f"sft_{seed}.pt"}
+    sft = runs.trained_by_sft(seed)
+    flags = {"pairs": "offline"} | settings | {"seed": seed, "sft": sft}
     if count := flags.pop("pairs in a file", None):
         flags["pairs"] = file_of_pairs(count, seed)
-    policy, saved_args, _ = load_checkpoint(runs.trained(train_dpo, name, flags))
-    reference, _, _ = load_checkpoint(flags["sft"])
-    answers_and_logratios = runs.own_answers(policy, reference, seed)
-    terms = saved_args["preferred_terms"]
-    return result_of(policy, *answers_and_logratios, terms, seed) | {"seed": seed}
+    checkpoint = runs.trained(train_dpo, runs.name_of((settings, seed)), flags)
+    policy, saved_args, _ = load_checkpoint(checkpoint)
+    reference, _, _ = load_checkpoint(sft)
+    answers, logratios = runs.own_answers(policy, reference, seed)
+    sampled = measure(answers, saved_args["preferred_terms"])
+    return {"seed": seed, "sampled": sampled, "kl": logratios.mean().item()}
 
 
 def collapse(pool):
-    """The content of collapse.json: every case; part 1 has the runs in which nothing is changed."""
+    """The content of collapse.json."""
     runs.train_sft_models(pool, (0, *FEWER))
-    variants = {case: [OFFLINE | changed] for case, changed in CASES.items()}
-    return at_best_settings(pool, run, variants, FEWER)
+    return runs.at_best_rate(pool, run, CASES, FEWER)
 
 
 if __name__ == "__main__":
-    runs.run_part("collapse", collapse, __doc__)
+    runs.run_part("collapse", collapse)

@@ -5,9 +5,10 @@ from statistics import mean, stdev
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from plots.figures import COLOURS, STYLE, draw_histogram, most_terms, save
-from plots.study.runs import BETA
+from plots.study.runs import BETA, RATES
 
 OF_METHODS = {  # one name, one colour, in these figures too
     **COLOURS,
@@ -20,7 +21,7 @@ OF_METHODS = {  # one name, one colour, in these figures too
     "RLHF": "#CC79A7",
     "RLHF without the KL": "#CC79A7",
 }
-WITH_PATH = ("offline", "offline + KL", "mistakes", "RLHF")
+WITH_PATH = ("offline", "offline + KL")
 WITH_REWARDS = ("offline", "offline + KL", "mistakes", "offline + NLL", "imitation")
 MARKERS = ["o", "s", "^", "v", "D", "P"]
 
@@ -29,14 +30,13 @@ def spread(values):
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def draw_methods(axes, study, runs_of):
-    """The frontier, and a mark for each method: the mean of its runs, with standard deviations."""
+def draw_methods(axes, study, results):
+    """The frontier, and a mark for each method: the mean over seeds, with standard deviations."""
     shares, kls = np.array(study["methods"]["frontier"]["curve"]).T
     axes.plot(kls, 100 * shares, color="black", label="frontier: least KL")
     for i, name in enumerate((*study["methods"]["methods"], "RLHF")):
-        runs = runs_of[name]
-        kl = [run["kl"] for run in runs]
-        preferred = [100 * run["sampled"]["preferred"] for run in runs]
+        kl = [result["kl"] for result in results[name]]
+        preferred = [100 * result["sampled"]["preferred"] for result in results[name]]
         style = {"color": OF_METHODS[name], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
         deviations = {"xerr": spread(kl), "yerr": spread(preferred)}
         axes.errorbar(
@@ -44,17 +44,17 @@ def draw_methods(axes, study, runs_of):
         )
 
 
-def draw_frontier(study, runs_of):
+def draw_frontier(study, results):
     """Share of preferred answers against KL: the least that any policy pays, and the methods.
 
-    The right panel enlarges the upper end of the frontier. A thin line is the path of a run.
+    The right panel enlarges the framed part of the left one. A thin line is the path of a run.
     """
     figure = Figure(figsize=(10, 5.2))
     axes, close_up = figure.subplots(1, 2)
-    draw_methods(axes, study, runs_of)
-    draw_methods(close_up, study, runs_of)
+    draw_methods(axes, study, results)
+    draw_methods(close_up, study, results)
     for name in WITH_PATH:
-        looks = runs_of[name][0]["looks"]
+        looks = results[name][0]["looks"]
         kl, preferred = [r["kl"] for r in looks], [100 * r["preferred"] for r in looks]
         axes.plot(kl, preferred, color=OF_METHODS[name], linewidth=0.9)
     for n, share, kl in study["methods"]["frontier"]["best of n"]:
@@ -71,11 +71,37 @@ def draw_frontier(study, runs_of):
     close_up.set_xlim(1.25, 2.0)
     close_up.set_ylim(92.5, 100)
     close_up.set_xlabel("KL from SFT (nats)")
+    close_up.set_title("the frame of the left panel")
+    axes.add_patch(Rectangle((1.25, 92.5), 0.75, 7.5, fill=False, linestyle=":"))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
-def draw_rewards(runs_of):
+def draw_rates(rows):
+    """Preferred and exact answers of every row at every rate, on seed 0; the best is framed."""
+    figure = Figure(figsize=(11, 0.8 + 0.33 * len(rows)))
+    for axes, column, title in zip(
+        figure.subplots(1, 2, sharey=True), (1, 2), ("preferred", "exact")
+    ):
+        percent = [[100 * of_rate[column] for of_rate in row["tried"]] for row in rows.values()]
+        axes.imshow(percent, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        for y, (row, values) in enumerate(zip(rows.values(), percent)):
+            for x, value in enumerate(values):
+                color = "white" if value < 50 else "black"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9)
+            best = RATES.index(row["settings"]["lr"])
+            axes.add_patch(
+                Rectangle((best - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", lw=2)
+            )
+        axes.set_xticks(range(len(RATES)), [f"{rate:g}" for rate in RATES], fontsize=9)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+        axes.grid(False)
+        axes.set_xlabel("learning rate")
+        axes.set_title(f"{title} answers (%)")
+    return figure
+
+
+def draw_rewards(results):
     """Mean rewards of the two sides of offline pairs, on one scale, with the chosen's ceiling."""
     figure = Figure(figsize=(8, 2.8))
     axes = figure.subplots()
@@ -83,9 +109,9 @@ def draw_rewards(runs_of):
         style = {"marker": marker, "linestyle": "none"}
         axes.plot([], [], color="black", label=f"{side} side", **style)  # for the legend
         for i, name in enumerate(WITH_REWARDS):
-            rewards = [BETA * run["offline pairs"][side] for run in runs_of[name]]
+            rewards = [BETA * result["offline pairs"][side] for result in results[name]]
             axes.plot(rewards, [i] * len(rewards), color=OF_METHODS[name], **style)
-    ceiling = BETA * mean(run["offline pairs"]["ceiling"] for run in runs_of["offline"])
+    ceiling = BETA * mean(r["offline pairs"]["ceiling"] for r in results["offline"])
     axes.axvline(0, color="#888888", linewidth=1)
     axes.axvline(ceiling, color="black", linestyle="--", label="ceiling of the chosen side")
     axes.set_xlabel("mean reward (β × nats)")
@@ -95,81 +121,44 @@ def draw_rewards(runs_of):
     return figure
 
 
-def pooled(runs):
-    """The metrics of the sampled answers of all runs together."""
-    sampled = [run["sampled"] for run in runs]
-    metrics = {key: mean(s[key] for s in sampled) for key in ("parse_rate", "mae", "exact")}
+def pooled(results):
+    """The metrics of the sampled answers of all seeds together."""
+    sampled = [result["sampled"] for result in results]
+    metrics = {key: mean(s[key] for s in sampled) for key in ("parse_rate", "exact")}
     for key in ("counts", "exact_counts"):
         counts = set().union(*(s[key] for s in sampled))
         metrics[key] = {k: mean(s[key].get(k, 0) for s in sampled) for k in counts}
     return metrics | {"n": sum(s["n"] for s in sampled)}
 
 
-def draw_same_pairs(runs_of):
+def draw_same_pairs(results):
     """The answers of the SFT models, and of the policies that the same offline pairs taught."""
-    panels = {  # title: runs
+    panels = {  # title: name
         "SFT": "SFT",
         "DPO": "offline",
         "DPO + KL": "offline + KL",
         "RLHF": "RLHF",
         "RLHF without the KL": "RLHF without the KL",
     }
-    sampled = [pooled(runs_of[name]) for name in panels.values()]
+    sampled = [pooled(results[name]) for name in panels.values()]
     most = most_terms(sampled)
     figure = Figure(figsize=(14.5, 3.6))
     row = figure.subplots(1, len(panels), sharey=True)
     for axes, (title, name), metrics in zip(row, panels.items(), sampled):
         draw_histogram(axes, metrics, title, OF_METHODS[name], 3, most)
     row[0].set_ylabel(f"share of {sampled[0]['n']:,} answers (%)")
-    row[0].legend(loc="upper right")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
-JUDGED = {  # kind: colour and marker
-    "online DPO": (OF_METHODS["online"], "o"),
-    "reference DPO": (OF_METHODS["reference"], "s"),
-    "RL": (OF_METHODS["RLHF"], "^"),
-}
-
-
-def draw_judge(judge):
-    """The share of preferred answers at which runs with a noisy judge end, and the optimum.
-
-    The marks of one beta stand side by side, each with a tick at the optimum of its beta.
-    """
-    figure = Figure(figsize=(7, 3.8))
-    axes = figure.subplots()
-    betas, shares = np.array(judge["curve"]).T
-    axes.plot(betas, 100 * shares, color="black", label="exact optimum")
-    for i, (kind, (color, marker)) in enumerate(JUDGED.items()):
-        style = {"color": color, "marker": marker, "linestyle": "none", "capsize": 3, "label": kind}
-        for entry in judge["study"].values():
-            if entry["settings"]["kind"] == kind:
-                beside = entry["settings"]["beta"] * 1.06 ** (i - 1)
-                ends = [100 * run["sampled"]["preferred"] for run in entry["runs"]]
-                axes.errorbar(beside, mean(ends), spread(ends), **style)
-                optimum = 100 * mean(run["optimum"]["preferred"] for run in entry["runs"])
-                axes.plot(beside, optimum, color="black", marker="_", markersize=14)
-                style["label"] = None  # once in the legend
-    axes.set_xscale("log")
-    ticks = sorted({entry["settings"]["beta"] for entry in judge["study"].values()})
-    axes.set_xticks(ticks, [f"{beta:g}" for beta in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("β (logarithmic)")
-    axes.set_ylabel("preferred answers (%)")
-    axes.legend()
-    return figure
-
-
-def draw_study(study, runs_of, folder):
-    """Draws all figures before it writes any; `runs_of` is {method: its runs}."""
+def draw_study(study, rows, results, folder):
+    """Draws all figures before it writes any."""
     with matplotlib.style.context(["default", STYLE]):
         drawn = {
-            "frontier": draw_frontier(study, runs_of),
-            "rewards": draw_rewards(runs_of),
-            "rlhf": draw_same_pairs(runs_of),
-            "judge": draw_judge(study["judge"]),
+            "frontier": draw_frontier(study, results),
+            "rates": draw_rates(rows),
+            "rewards": draw_rewards(results),
+            "rlhf": draw_same_pairs(results),
         }
         for name, figure in drawn.items():
             save(figure, folder, name)

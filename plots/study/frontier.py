@@ -56,27 +56,25 @@ def bernoulli_kl(s, p):
 
 
 def split_kl(logratios, preferred, p):
-    """The KL from the reference and its parts, in nats.
+    """The parts of the KL from the reference that the preference does not need, in nats.
 
     `logratios`, log pi - log pi_ref, and `preferred` are (sums, samples) of the policy's own
     answers; p (sums,). With E the preferred answers and s their share,
         KL = kl(s || p) + s KL(pi_E || ref_E) + (1 - s) KL(pi_notE || ref_notE)
     is what the preference needs, drift among preferred answers, and drift among all others. A
     sampled s makes s log s too large by (1 - s) / 2n to first order, which is taken off. The excess
-    is the KL less that of the frontier at the same share.
+    is the KL minus that of the frontier at the same share.
     """
     logratios, preferred = logratios.double(), preferred.double()
     s, n = preferred.mean(1), preferred.shape[1]
     bias = torch.where((s > 0) & (s < 1), 0.5 / n, 0.0)
     drift = (logratios * preferred).mean(1) - torch.xlogy(s, s / p) + bias * (1 - s)
     other = (logratios * (1 - preferred)).mean(1) - torch.xlogy(1 - s, (1 - s) / (1 - p)) + bias * s
-    total = logratios.mean().item()
+    share = s.mean().clamp(max=1 - 0.5 / preferred.numel()).item()
     return {
-        "total": total,
-        "needed": (bernoulli_kl(s, p) - bias).mean().item(),
         "preferred": drift.mean().item(),
         "others": other.mean().item(),
-        "excess": total - frontier_kl(p, s.mean().clamp(max=1 - 0.5 / preferred.numel()).item()),
+        "excess": logratios.mean().item() - frontier_kl(p, share),
     }
 
 
@@ -84,10 +82,14 @@ def optimum_with_kl(p, kl_weight, beta):
     """Mean share and KL in nats where DPO with the KL on the policy's own answers has its optimum.
 
     It is sought on the frontier, where z = log t for every pair of a preferred answer and another:
-    the least of -log sigmoid(beta log t) + kl_weight KL(t).
+    the least of -log sigmoid(beta log t) + kl_weight KL(t), by a grid that closes in on it.
     """
 
     def loss(log_t):
         return math.log1p(math.exp(-beta * log_t)) + kl_weight * optimal_policy(p, log_t)[1]
 
-    return optimal_policy(p, min((i / 100 for i in range(1500)), key=loss))
+    best, step = 0.0, 0.2
+    for _ in range(6):
+        best = min((max(0.0, best + i * step) for i in range(-100, 101)), key=loss)
+        step /= 20
+    return optimal_policy(p, best)

@@ -1,45 +1,41 @@
 """Part 1 of the study: every method of train_dpo.py, at its best learning rate, over seeds.
 
-    python -m plots.study.methods            # writes methods.json
+    python -m plots.study.methods
 
-Every method has the same steps, batches and learning rates to choose from, and so has every row of
-the other parts. The settings are chosen on seed 0 and reported over other seeds. A rate is chosen
-only when the next lower and the next higher one were tried as well. The method with the KL on the
-policy's own answers is also run with other weights of that KL.
+It writes methods.json. Every method has the same steps, batches and learning rates to choose from.
+Those of the top README are also run at the default rate, and the method with the KL on the policy's
+own answers also with other weights of that KL, and with other beta.
 """
 
-import math
 import random
 
 import numpy as np
 import torch
 
-import train_dpo
-from data import MIN_SUM, measure, random_pairs, seen_sums
-from model import answer, load_checkpoint, logratios_of
+from data import MIN_SUM, entropy_floor, measure, random_equations, random_pairs, seen_sums
+from model import answers_to, load_checkpoint, logps_of, logratios_of
 from plots.study import frontier, runs
-from plots.study.runs import FEWER, SEEDS
+from plots.study.runs import DEFAULTS, FEWER, PAIR_SEED, PAIRS, SEEDS
 
-RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-FIRST_RATES = (1e-5, 3e-4, 1e-3)
 OFFLINE, REFERENCE = {"pairs": "offline"}, {"pairs": "reference"}
-# Of each method the settings to choose from; all else is the default of train_dpo.py.
+# The flags of each method; all else is the default of train_dpo.py.
 METHODS = {
-    "offline": [OFFLINE],
-    "offline + KL": [OFFLINE | {"kl-weight": weight} for weight in (0.03, 0.1, 0.3)],
-    "mistakes": [{"pairs": "mistakes"}],
+    "offline": OFFLINE,
+    "offline + KL": OFFLINE | {"kl-weight": 0.1},
+    "offline + NLL": OFFLINE | {"nll-weight": 1},
+    "mistakes": {"pairs": "mistakes"},
 }
 MORE_METHODS = {  # with fewer seeds
-    "offline + NLL": [OFFLINE | {"nll-weight": 1}],
-    "imitation": [OFFLINE | {"loss": "imitation"}],
-    "online": [{"pairs": "online"}],
-    "reference": [REFERENCE],
-    "reference + KL": [REFERENCE | {"kl-weight": weight} for weight in (0.03, 0.1)],
-    "offline, smoothed": [OFFLINE | {"label-smoothing": 0.1}],
+    "imitation": OFFLINE | {"loss": "imitation"},
+    "online": {"pairs": "online"},
+    "reference": REFERENCE,
+    "reference + KL": REFERENCE | {"kl-weight": 0.03},  # a third of 128 prompts have a pair
+    "offline, smoothed": OFFLINE | {"label-smoothing": 0.1},
 }
-KL_WEIGHTS = (0.03, 0.1, 0.2, 0.3, 0.8)
+# Changes of "offline + KL", for each of which the optimum can be computed.
+CHANGES = [{"kl-weight": weight} for weight in (0.03, 0.1, 0.2, 0.3, 0.8)]
+CHANGES += [{"beta": 2}, {"beta": 5}]
 EQUATIONS, EQUATION_SEED = 20_000, 1_000_004  # on which the gap of SFT is measured
-PAIRS, PAIR_SEED = 2000, 1_000_003  # offline pairs whose two sides every model is asked about
 
 
 # ---- one run ---------------------------------------------------------------------------------
@@ -47,9 +43,7 @@ PAIRS, PAIR_SEED = 2000, 1_000_003  # offline pairs whose two sides every model 
 
 def run(settings, seed):
     """The result of one run of train_dpo.py, with the path of its policy."""
-    flags = settings | {"seed": seed, "sft": runs.RUNS / f"sft_{seed}.pt"}
-    checkpoint = runs.trained(train_dpo, runs.name_of((settings, seed)), flags)
-    policy, _, log = load_checkpoint(checkpoint)
+    policy, _, log = load_checkpoint(runs.trained_by_dpo(settings, seed))
     _, reference, p = runs.start(seed)
     looks = [runs.point_of(record) for record in log if "own" in record]
     return asked_of(policy, reference, p, seed) | {"looks": looks}
@@ -58,18 +52,20 @@ def run(settings, seed):
 def run_sft(seed):
     """What is measured of an SFT model, with its gap to the floor, in nats per equation."""
     policy, reference, p = runs.start(seed)
-    gap = runs.gap_of(policy, EQUATIONS, EQUATION_SEED)
+    equations = random_equations(random.Random(EQUATION_SEED), EQUATIONS, seen_sums())
+    equations = ["".join(example) for example in equations]
+    gap = -logps_of(policy, equations).mean().item() - entropy_floor(equations)
     return asked_of(policy, reference, p, seed) | {"gap": gap, "p": p.tolist()}
 
 
 def asked_of(policy, reference, p, seed):
-    """All that the page says of one model."""
-    result = runs.measured(policy, reference, p, seed)
+    """What is measured of every model, its exact answers to the largest sum, and its rewards."""
     max_sum = policy.config.max_sum
-    answers = answer(policy, [max_sum] * 1000, generator=torch.Generator().manual_seed(seed))
+    answers = answers_to(policy, [max_sum] * 1000, generator=torch.Generator().manual_seed(seed))
     pairs = random_pairs(random.Random(PAIR_SEED), PAIRS, seen_sums(max_sum), 3)
-    sides = sides_of(policy, reference, p, pairs)
-    return result | {"largest": measure(answers, 3)["exact"], "offline pairs": sides}
+    sides = {"offline pairs": sides_of(policy, reference, p, pairs)}
+    largest = {"largest": measure(answers, 3)["exact"]}
+    return runs.measured(policy, reference, p, seed) | largest | sides
 
 
 def sides_of(policy, reference, p, pairs):
@@ -81,70 +77,6 @@ def sides_of(policy, reference, p, pairs):
     return {"chosen": chosen, "rejected": rejected, "ceiling": ceiling}
 
 
-# ---- the choice of settings ------------------------------------------------------------------
-
-
-def most_preferred(tried):
-    """The settings with the most preferred answers, of all (settings, result) that were tried.
-
-    Others take their place that have as many within the noise, and more exact ones beyond it.
-    """
-    n = tried[0][1]["sampled"]["n"]
-    preferred, exact = ([r["sampled"][key] for _, r in tried] for key in ("preferred", "exact"))
-
-    def within_noise(share, other):
-        variance = share * (1 - share) + other * (1 - other)
-        return abs(share - other) <= 2 * math.sqrt(variance / n)  # two standard errors
-
-    best = preferred.index(max(preferred))
-    for i in range(len(tried)):
-        more_exact = exact[i] > exact[best] and not within_noise(exact[best], exact[i])
-        if within_noise(max(preferred), preferred[i]) and more_exact:
-            best = i
-    return tried[best][0]
-
-
-def tried_settings(pool, run, variants, best_of):
-    """{name: all (settings, result) that were tried on seed 0} for {name: settings to start from}.
-
-    Starts at FIRST_RATES, and goes on until the rates next to the best one have been tried.
-    """
-    to_try = {
-        name: [settings | {"lr": lr} for settings in of_name for lr in FIRST_RATES]
-        for name, of_name in variants.items()
-    }
-    tried = {name: [] for name in variants}
-    while any(to_try.values()):
-        tasks = {name: [(settings, 0) for settings in to_try[name]] for name in variants}
-        results = runs.gather(pool, "rates", run, tasks)
-        for name in variants:
-            tried[name] += zip(to_try[name], results[name])
-            best, done = best_of(tried[name]), [settings for settings, _ in tried[name]]
-            i = RATES.index(best["lr"])
-            beside = [best | {"lr": lr} for lr in RATES[max(0, i - 1) : i + 2]]
-            to_try[name] = [settings for settings in beside if settings not in done]
-    return tried
-
-
-def at_best_settings(pool, run, variants, seeds, best_of=most_preferred):
-    """{name: its best settings, what was tried on seed 0, and its runs over seeds}.
-
-    What was tried: a list of [settings, share of preferred answers, share of exact ones].
-    """
-    tried = tried_settings(pool, run, variants, best_of)
-    best = {name: best_of(tried[name]) for name in variants}
-    tasks = {name: [(best[name], seed) for seed in seeds] for name in variants}
-    results = runs.gather(pool, "runs", run, tasks)
-    shares = {
-        name: [[s, r["sampled"]["preferred"], r["sampled"]["exact"]] for s, r in tried[name]]
-        for name in variants
-    }
-    return {
-        name: {"settings": best[name], "tried": shares[name], "runs": results[name]}
-        for name in variants
-    }
-
-
 # ---- the part --------------------------------------------------------------------------------
 
 
@@ -152,13 +84,15 @@ def methods(pool):
     """The content of methods.json."""
     ps = runs.train_sft_models(pool, (0, *SEEDS))[1:]
     content = runs.gather(pool, "SFT", run_sft, {"sft": [(seed,) for seed in SEEDS]})
-    content["methods"] = at_best_settings(pool, run, METHODS, SEEDS)
-    content["methods"] |= at_best_settings(pool, run, MORE_METHODS, FEWER)
+    content["methods"] = runs.at_best_rate(pool, run, METHODS, SEEDS)
+    content["methods"] |= runs.at_best_rate(pool, run, MORE_METHODS, FEWER)
+    default = {"lr": DEFAULTS.lr}
+    tasks = {name: [(row | default, seed) for seed in SEEDS] for name, row in METHODS.items()}
+    content["default rate"] = runs.gather(pool, "default rate", run, tasks)
     best = content["methods"]["offline + KL"]["settings"]
-    tasks = {
-        weight: [(best | {"kl-weight": weight}, seed) for seed in FEWER] for weight in KL_WEIGHTS
-    }
-    content["kl weights"] = runs.gather(pool, "weights of the KL", run, tasks)
+    tasks = {i: [(best | change, seed) for seed in FEWER] for i, change in enumerate(CHANGES)}
+    results = runs.gather(pool, "weights of the KL, beta", run, tasks)
+    content["changes"] = [{"settings": c, "results": results[i]} for i, c in enumerate(CHANGES)]
     return content | {"frontier": curve(ps)}
 
 
@@ -173,4 +107,4 @@ def curve(ps):
 
 
 if __name__ == "__main__":
-    runs.run_part("methods", methods, __doc__)
+    runs.run_part("methods", methods)

@@ -1,10 +1,11 @@
 """Part 2 of the study: RLHF on offline pairs, the long way round that DPO cuts short.
 
-    python -m plots.study.rlhf            # writes rlhf.json
+    python -m plots.study.rlhf
 
-First a reward model learns from the offline pairs which side is chosen (arXiv 2203.02155, eq. 1).
-Then the policy writes answers itself and learns from their rewards by policy gradient. Its loss is
-that of `train_dpo.py --kl-weight`, with the learned reward in place of the pairs:
+It writes rlhf.json. First a reward model learns from the offline pairs which side is chosen (arXiv
+2203.02155, eq. 1). Then the policy writes answers itself and learns from their rewards by policy
+gradient. Its loss is that of `train_dpo.py --kl-weight`, with the learned reward in place of the
+pairs:
 
     beta KL(pi || pi_ref) - r(x, y)
 
@@ -18,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import PROMPT_WIDTH, collate, is_exact, random_pairs, seen_sums
-from model import answer, chunks_of
-from plots.study import methods, runs
-from plots.study.interventions import wrong_sum
-from plots.study.runs import BATCH, BETA, SEEDS, STEPS
+from data import PROMPT_WIDTH, collate, random_pairs, seen_sums
+from model import save_checkpoint
+from plots.study import runs
+from plots.study.runs import BATCH, BETA, SEEDS, STEPS, wrong_sum
 from train_dpo import own_answers_loss
 
 REWARD_LR = 1e-3
@@ -51,27 +51,24 @@ def new_reward_model(seed):
 def train_reward_model(reward_model, seed):
     """By -log sigmoid(r_chosen - r_rejected)."""
     rng, sums = random.Random(seed), seen_sums(reward_model.config.max_sum)
-    optimizers = [runs.adamw(reward_model, REWARD_LR)]
+    optimizer = runs.adamw(reward_model, REWARD_LR)
     for step in range(1, STEPS + 1):
         pairs = random_pairs(rng, BATCH, sums, 3)
         chosen = rewards_of(reward_model, [(x, chosen) for x, chosen, _ in pairs])
         rejected = rewards_of(reward_model, [(x, rejected) for x, _, rejected in pairs])
         loss = -F.logsigmoid(chosen - rejected).mean()
-        runs.update(optimizers, loss, step, STEPS)
+        runs.update(optimizer, loss, step, STEPS)
 
 
-def reward_path(seed):
-    """Beside the kept result of learn_rewards, so that it is of the same code."""
-    return runs.path_of(learn_rewards, (seed,)).with_suffix(".pt")
-
-
-def learn_rewards(seed):
-    """Trains and keeps a reward model. Returns what is measured of it."""
-    reward_model = new_reward_model(seed)
-    train_reward_model(reward_model, seed)
-    torch.save(reward_model.state_dict(), reward_path(seed))
-    _, reference, _ = runs.start(seed)
-    return about_rewards(reward_model, reference, seed)
+def reward_model_of(seed):
+    """The reward model of a seed, trained unless it lies beside the kept results of this code."""
+    reward_model, path = new_reward_model(seed), runs.path_of(learn_rewards, (seed,))
+    path = path.with_suffix(".pt")
+    if not path.exists():
+        train_reward_model(reward_model, seed)
+        save_checkpoint(path, reward_model, {}, [])
+    reward_model.load_state_dict(torch.load(path)["model"])
+    return reward_model
 
 
 def kinds_of_answers(seed, sums):
@@ -87,29 +84,12 @@ def kinds_of_answers(seed, sums):
     }
 
 
-@torch.no_grad()
-def about_rewards(reward_model, reference, seed):
-    """The mean learned reward by kind of answer, and an estimate of its optimum.
-
-    The optimum weighs answers of the reference to a sum by exp(r / beta) (arXiv 2305.18290, eq. 4).
-    """
-    sums, samples = seen_sums(reference.config.max_sum), runs.SAMPLES
-    kinds = kinds_of_answers(seed, sums)
-    result = {kind: rewards_of(reward_model, kinds[kind]).mean().item() for kind in kinds}
-    generator = torch.Generator().manual_seed(seed)
-    answers = answer(reference, [n for n in sums for _ in range(samples)], generator=generator)
-    rewards = torch.cat([rewards_of(reward_model, chunk) for chunk in chunks_of(answers)])
-    scaled = (rewards.double() / BETA).view(-1, samples)  # (sums, samples)
-    weights = scaled.softmax(1)
-    exact = torch.tensor([is_exact(a) for a in answers]).view(-1, samples)
-    three = torch.tensor([a.count("+") == 2 for a in answers]).view(-1, samples)
-    log_mean = scaled.logsumexp(1) - torch.tensor(samples).double().log()
-    result["optimum"] = {
-        "preferred": (weights * (exact & three)).sum(1).mean().item(),
-        "exact": (weights * exact).sum(1).mean().item(),
-        "kl": ((weights * scaled).sum(1) - log_mean).mean().item(),
-    }
-    return result
+def learn_rewards(seed):
+    """The mean reward by kind of answer."""
+    reward_model = reward_model_of(seed)
+    kinds = kinds_of_answers(seed, seen_sums(reward_model.config.max_sum))
+    with torch.no_grad():
+        return {kind: rewards_of(reward_model, kinds[kind]).mean().item() for kind in kinds}
 
 
 # ---- the policy ------------------------------------------------------------------------------
@@ -118,17 +98,15 @@ def about_rewards(reward_model, reference, seed):
 def run(settings, seed):
     """The result of a policy that is trained with the learned reward, and its path from step 0."""
     policy, reference, p = runs.start(seed)
-    reward_model = new_reward_model(seed)
-    reward_model.load_state_dict(torch.load(reward_path(seed)))
-    looks = train_policy(policy, reference, reward_model, settings, seed)
-    return methods.asked_of(policy, reference, p, seed) | {"looks": looks}
+    looks = train_policy(policy, reference, reward_model_of(seed), settings, seed)
+    return runs.measured(policy, reference, p, seed) | {"looks": looks}
 
 
 def train_policy(policy, reference, reward_model, settings, seed):
     """Policy gradient on the learned reward. Returns the path of the policy."""
     torch.manual_seed(seed)
     rng, sums = random.Random(seed), seen_sums(policy.config.max_sum)
-    optimizers, path = [runs.adamw(policy, settings["lr"])], [runs.look(policy, reference, 0)]
+    optimizer, path = runs.adamw(policy, settings["lr"]), [runs.look(policy, reference, 0)]
 
     def reward(examples):
         return rewards_of(reward_model, examples)
@@ -136,21 +114,20 @@ def train_policy(policy, reference, reward_model, settings, seed):
     for step in range(1, STEPS + 1):
         prompts = [f"{n}=" for n in rng.choices(sums, k=BATCH)]
         loss = own_answers_loss(policy, reference, prompts, settings["beta"], reward)
-        runs.update(optimizers, loss, step, STEPS)
+        runs.update(optimizer, loss, step, STEPS)
         if step in LOOKS:
             path.append(runs.look(policy, reference, step))
     return path
 
 
 def rlhf(pool):
-    """The content of rlhf.json: the reward models, and two methods like those of part 1."""
+    """The content of rlhf.json: the mean rewards, and two rows like those of part 1."""
     runs.train_sft_models(pool, (0, *SEEDS))
     seeds = [(seed,) for seed in (0, *SEEDS)]
-    content = runs.gather(pool, "reward models", learn_rewards, {"rewards": seeds})
-    content["rewards"] = content["rewards"][1:]
-    variants = {"RLHF": [{"beta": BETA}], "RLHF without the KL": [{"beta": 0}]}
-    return content | {"methods": methods.at_best_settings(pool, run, variants, SEEDS)}
+    rewards = runs.gather(pool, "reward models", learn_rewards, {"rewards": seeds})["rewards"]
+    rows = {"RLHF": {"beta": BETA}, "RLHF without the KL": {"beta": 0}}
+    return {"rewards": rewards[1:], "methods": runs.at_best_rate(pool, run, rows, SEEDS)}
 
 
 if __name__ == "__main__":
-    runs.run_part("rlhf", rlhf, __doc__)
+    runs.run_part("rlhf", rlhf)

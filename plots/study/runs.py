@@ -1,12 +1,14 @@
-"""What the parts of the study share: the SFT models, what is measured, workers, kept results.
+"""What the parts of the study share: SFT models, rates, measurements, workers, kept results.
 
 A part is a command such as `python -m plots.study.methods`. It runs one training per core, keeps
 each result as soon as it has it, and writes one JSON when all are there. Started again, it goes on
 where it stopped. A checkpoint is kept for the code of the scripts. A result is kept for the code of
-its part and of all that the part imports. When that code changes, it is made anew.
+its part and of all that the part imports. When that code changes, it is made anew; comments do not
+count. A part imports this file and frontier.py, and no other part.
 """
 
 import argparse
+import ast
 import contextlib
 import functools
 import hashlib
@@ -14,29 +16,31 @@ import inspect
 import io
 import json
 import multiprocessing
-import random
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from modulefinder import ModuleFinder
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import evaluate
 import train_dpo
 import train_sft
-from data import MIN_SUM, entropy_floor, is_preferred, random_equations
-from data import run_script, seen_sums, write_file
-from model import answer, load_checkpoint, logps_of, logratios_of
+from data import is_preferred, measure, run_script, write_file
+from evaluate import sampled_answers, to_held_out_sums
+from model import load_checkpoint
 from plots.study import frontier
 from train_sft import learning_rate
 
 FOLDER = Path(__file__).parent
-BETA, STEPS, BATCH = 0.8, 500, 128  # the defaults of train_dpo.py
-SEEDS = (1, 2, 3, 4, 5)  # what the pages show; settings are chosen on seed 0
+DEFAULTS = train_dpo.parse_args([])
+BETA, STEPS, BATCH = DEFAULTS.beta, DEFAULTS.steps, DEFAULTS.batch_size
+RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of every row of every part
+SEEDS = (1, 2, 3, 4, 5)  # what the pages show; rates are chosen on seed 0
 FEWER = SEEDS[:3]  # to save time
-SAMPLES = 100  # answers to every sum; a fifth of them where only a setting is chosen
+SAMPLES = 100  # answers to every sum; a fifth of them on seed 0
+PAIRS, PAIR_SEED = 2000, 1_000_003  # on which rewards and z are measured after training
 
 
 @functools.cache
@@ -45,8 +49,8 @@ def hash_of_code(file):
     finder = ModuleFinder([str(FOLDER.parent.parent)], excludes=["plots.figures"])
     finder.run_script(file)
     files = {module.__file__ for module in finder.modules.values()} - {None}
-    code = b"".join(Path(path).read_bytes() for path in sorted(files))
-    return hashlib.sha256(code).hexdigest()[:8]
+    code = [ast.dump(ast.parse(Path(path).read_bytes())) for path in sorted(files)]
+    return hashlib.sha256("".join(code).encode()).hexdigest()[:8]
 
 
 RUNS = Path("runs/study", hash_of_code(train_dpo.__file__))
@@ -89,6 +93,16 @@ def trained(script, name, settings):
     return path
 
 
+def trained_by_dpo(settings, seed):
+    """The path of what train_dpo.py makes of the SFT model of a seed."""
+    flags = {"seed": seed, "sft": trained_by_sft(seed)}
+    return trained(train_dpo, name_of((settings, seed)), settings | flags)
+
+
+def trained_by_sft(seed):
+    return trained(train_sft, f"sft_{seed}", {"seed": seed})
+
+
 @contextlib.contextmanager
 def silence():
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -100,14 +114,14 @@ def silence():
 
 def sft(seed):
     """Trains an SFT model. Returns the share of preferred answers that it gives to every sum."""
-    reference, _, _ = load_checkpoint(trained(train_sft, f"sft_{seed}", {"seed": seed}))
+    reference, _, _ = load_checkpoint(trained_by_sft(seed))
     return frontier.preferred_shares(reference, 3).tolist()
 
 
 def start(seed):
     """The SFT model of a seed twice, as policy and reference, and its shares p (sums,)."""
     p = torch.tensor(kept(sft, seed), dtype=torch.float64)
-    policy, reference = (load_checkpoint(RUNS / f"sft_{seed}.pt")[0] for _ in range(2))
+    policy, reference = (load_checkpoint(trained_by_sft(seed))[0] for _ in range(2))
     return policy, reference, p
 
 
@@ -117,14 +131,13 @@ def adamw(policy, lr):
     return torch.optim.AdamW(policy.parameters(), lr, betas=betas, weight_decay=0, fused=True)
 
 
-def update(optimizers, loss, step, steps):
-    """One step down the gradient of a loss, each optimizer at its own rate, as in train_dpo.py."""
+def update(optimizer, loss, step, steps):
+    """One step down the gradient of a loss, at the rate of train_dpo.py."""
     loss.backward()
-    for optimizer in optimizers:
-        highest = optimizer.defaults["lr"]
-        optimizer.param_groups[0]["lr"] = learning_rate(highest, step, steps, train_dpo.FALL)
-        optimizer.step()
-        optimizer.zero_grad()
+    highest = optimizer.defaults["lr"]
+    optimizer.param_groups[0]["lr"] = learning_rate(highest, step, steps, train_dpo.DPO_FALL)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def look(policy, reference, step):
@@ -139,28 +152,28 @@ def point_of(record):
     return point | {key: record["own"][key] for key in ("kl", "preferred", "exact")}
 
 
-def gap_of(model, count, seed):
-    """The gap of a model to the entropy floor, on equations drawn from a seed, in nats."""
-    equations = random_equations(random.Random(seed), count, seen_sums())
-    equations = ["".join(example) for example in equations]
-    return -logps_of(model, equations).mean().item() - entropy_floor(equations)
-
-
 def own_answers(policy, reference, seed):
-    """Sampled answers to every sum, those to one sum side by side, and their log-ratios."""
+    """Sampled answers to every sum, and their log-ratios."""
     samples = SAMPLES if seed in SEEDS else SAMPLES // 5
-    sums = [n for n in range(MIN_SUM, policy.config.max_sum + 1) for _ in range(samples)]
-    sampled = answer(policy, sums, generator=torch.Generator().manual_seed(seed))
-    return sampled, logratios_of(policy, reference, sampled).double()
+    return sampled_answers(policy, reference, samples, seed)
 
 
 def measured(policy, reference, p, seed):
-    """What evaluate.py measures, with the parts of the KL."""
-    sampled, logratios = own_answers(policy, reference, seed)
-    preferred = torch.tensor([is_preferred(a, 3) for a in sampled])
+    """What the policy answers, and the parts of its KL from the reference."""
+    answers, logratios = own_answers(policy, reference, seed)
+    preferred = torch.tensor([is_preferred(answer, 3) for answer in answers])
     parts = frontier.split_kl(logratios.view(len(p), -1), preferred.view(len(p), -1), p)
-    result = evaluate.result_of(policy, sampled, logratios, 3, seed)
-    return result | {"seed": seed, "kl parts": parts}
+    held_out = measure(to_held_out_sums(answers, policy.config.max_sum), 3)["exact"]
+    result = {"seed": seed, "sampled": measure(answers, 3), "held out": held_out}
+    return result | {"kl": logratios.mean().item(), "kl parts": parts}
+
+
+def wrong_sum(rng, completion):
+    """One term changed by 1, 2, 3 or 10, and still positive: "10+30+3" -> "10+28+3"."""
+    terms = [int(term) for term in completion.split("+")]
+    i, change = rng.randrange(len(terms)), rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))
+    terms[i] += change if terms[i] + change > 0 else -change
+    return "+".join(map(str, terms))
 
 
 # ---- many runs -------------------------------------------------------------------------------
@@ -188,13 +201,39 @@ def gather(pool, title, run, tasks):
     return {name: [future.result() for future in of_name] for name, of_name in futures.items()}
 
 
-def write_part(name, study):
-    """Writes the content that `study(pool)` makes of its runs, one per core, to <name>.json."""
+def at_best_rate(pool, run, rows, seeds):
+    """Every row at every rate on seed 0, and over seeds at the rate with the most preferred.
+
+    {name: settings} -> {name: its settings with the best lr; what was tried, as lists [lr, share of
+    preferred answers, share of exact ones]; and its results over seeds}
+    """
+    tasks = {name: [(row | {"lr": lr}, 0) for lr in RATES] for name, row in rows.items()}
+    tried = {}
+    for name, results in gather(pool, "rates", run, tasks).items():
+        shares = [(r["sampled"]["preferred"], r["sampled"]["exact"]) for r in results]
+        tried[name] = [[lr, *of_rate] for lr, of_rate in zip(RATES, shares)]
+    best = {name: max(tried[name], key=itemgetter(1))[0] for name in rows}
+    settings = {name: row | {"lr": best[name]} for name, row in rows.items()}
+    tasks = {name: [(settings[name], seed) for seed in seeds] for name in rows}
+    results = gather(pool, "seeds", run, tasks)
+    return {
+        name: {"settings": settings[name], "tried": tried[name], "results": results[name]}
+        for name in rows
+    }
+
+
+def train_sft_models(pool, seeds):
+    """Before all else, so that no two workers train the same one. Returns their shares p."""
+    return gather(pool, "SFT", sft, {"p": [(seed,) for seed in seeds]})["p"]
+
+
+def write_part(name, make_content):
+    """Writes what `make_content(pool)` returns, with one run per core, to <name>.json."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     workers = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(torch.get_num_threads(), workers, start_worker)
     try:
-        content = study(pool)
+        content = make_content(pool)
     except BaseException:
         for worker in multiprocessing.active_children():
             worker.terminate()
@@ -205,11 +244,7 @@ def write_part(name, study):
     print(f"Wrote {name}.json; make publish writes the page from it.")
 
 
-def run_part(name, study, description):
-    argparse.ArgumentParser(description=description.split("\n")[0]).parse_args()  # --help
-    run_script(lambda: write_part(name, study))
-
-
-def train_sft_models(pool, seeds):
-    """Before all else, so that no two workers train the same one. Returns their shares p."""
-    return gather(pool, "SFT", sft, {"p": [(seed,) for seed in seeds]})["p"]
+def run_part(name, make_content):
+    """The command line of a part, which knows no flag but --help."""
+    argparse.ArgumentParser(description=f"Trains and writes {name}.json.").parse_args()
+    run_script(lambda: write_part(name, make_content))

@@ -1,32 +1,32 @@
 """The tables of README.md and plots/study/README.md, from the JSON of the parts of the study.
 
-    python -m plots.study.tables     # or: make publish
+    python -m plots.study.tables
 
-Writes each table anew between its markers, `<!-- table models -->` and `<!-- end -->`, and draws
-the figures of the study.
+It writes each table anew between its markers, `<!-- table models -->` and `<!-- end -->`, and draws
+the figures of the study. `make publish` does the same.
 """
 
+import argparse
 import json
 import math
 import re
 from operator import itemgetter
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 import torch
 
 from data import InputError, run_script, write_file
-from evaluate import COLUMNS, markdown, rounded
+from evaluate import COLUMNS, markdown
 from plots.study import figures, frontier
-from plots.study.runs import BETA, FOLDER
+from plots.study.runs import BETA, FOLDER, RATES
 
 PAGES = (FOLDER.parent.parent / "README.md", FOLDER / "README.md")
-PARTS = ("methods", "rlhf", "interventions", "collapse", "judge")
-MADE = ("offline", "offline + KL", "mistakes")  # the methods of `make`
+PARTS = ("methods", "rlhf", "interventions", "collapse")
 NEEDS = {  # what somebody must give: written answers, or verdicts on given ones
     "offline": "written pairs",
     "offline + KL": "written pairs",
-    "mistakes": "written answers, a judge",
     "offline + NLL": "written pairs",
+    "mistakes": "written answers, a judge",
     "imitation": "written answers",
     "online": "a judge",
     "reference": "a judge",
@@ -35,7 +35,7 @@ NEEDS = {  # what somebody must give: written answers, or verdicts on given ones
     "RLHF": "written pairs",
 }
 YARDSTICK = "offline + KL"
-ALIKE = ("mistakes", "offline + NLL", "imitation", "online", "reference + KL", "RLHF")  # in shares
+ALIKE = ("offline + NLL", "mistakes", "imitation", "online", "reference + KL", "RLHF")  # in shares
 
 
 def read_study():
@@ -47,15 +47,16 @@ def read_study():
     return {part: json.loads(path.read_text()) for part, path in paths.items()}
 
 
-def methods_of(study):
-    """{method: its settings, what was tried, and its runs}, with RLHF."""
-    return study["methods"]["methods"] | study["rlhf"]["methods"]
+def rows_of(study):
+    """{name: its settings, what was tried, and its results} of every part."""
+    methods = study["methods"]["methods"] | study["rlhf"]["methods"]
+    return methods | study["interventions"] | study["collapse"]
 
 
-def runs_of(study):
-    """{method: its runs}, with SFT and RLHF."""
-    runs = {name: method["runs"] for name, method in methods_of(study).items()}
-    return {"SFT": study["methods"]["sft"]} | runs
+def results_of(study):
+    """{name: its results at its best rate}, with SFT."""
+    results = {name: row["results"] for name, row in rows_of(study).items()}
+    return {"SFT": study["methods"]["sft"]} | results
 
 
 # ---- cells -----------------------------------------------------------------------------------
@@ -71,23 +72,27 @@ def cell(values, spread=True):
     return text + (f" ± {stdev(values):.{digits}f}" if spread and len(values) > 1 else "")
 
 
-def cells_of(runs, columns, without_spread=()):
-    """A cell per column, each a value of a run; those `without_spread` show the mean alone."""
-    return [cell(map(columns[name], runs), name not in without_spread) for name in columns]
+def cells_of(results, columns, without_spread=()):
+    """A cell per column, each a value of a result; those `without_spread` show the mean alone."""
+    return [cell(map(columns[name], results), name not in without_spread) for name in columns]
 
 
-T_95 = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216)
+T_95 = {3: 4.30265, 5: 2.77645}  # quantiles of Student's t by the number of seeds
 
 
-def paired(value, runs, others):
-    """The mean difference of a value, seed by seed, with its 95 % interval, as text.
-
-    By Student's t, whose quantiles T_95 are for 2 to 10 seeds.
-    """
-    differences = [value(run) - value(other) for run, other in zip(runs, others)]
-    error = T_95[len(differences) - 2] * stdev(differences) / math.sqrt(len(differences))
-    difference = mean(differences)
+def paired(value, results, others):
+    """The mean difference of a value, seed by seed, with its 95 % interval, as text."""
+    differences = [value(result) - value(other) for result, other in zip(results, others)]
+    n, difference = len(differences), mean(differences)
+    error = T_95[n] * stdev(differences) / math.sqrt(n)
     return f"{difference:+.3f} [{difference - error:+.3f}, {difference + error:+.3f}]"
+
+
+def rate_of(row):
+    """The learning rate that was chosen; it says so where no rate beyond it was tried."""
+    lr = row["settings"]["lr"]
+    edge = {min(RATES): " (lowest)", max(RATES): " (highest)"}.get(lr, "")
+    return f"{lr:g}{edge}"
 
 
 def of_three_terms(result):
@@ -108,34 +113,29 @@ PARTS_OF_KL = {
 
 
 def models_table(study):
-    """The table of the top README: what evaluate.py prints, the error as a median over seeds."""
-    columns, rows, of_models = {"3 terms": of_three_terms} | COLUMNS, [], runs_of(study)
-    for name in ("SFT", *MADE, "RLHF", "RLHF without the KL"):
-        runs = of_models[name]
-        cells = dict(zip(columns, cells_of(runs, columns)))
-        errors = [COLUMNS["mean abs. error"](run) for run in runs]
-        cells["mean abs. error"] = rounded(median(errors))
-        rows.append([name, *cells.values()])
+    """The table of the top README: what evaluate.py prints, at the default rate."""
+    columns = {"3 terms": of_three_terms} | COLUMNS
+    models = {"SFT": study["methods"]["sft"]} | study["methods"]["default rate"]
+    rows = [[name, *cells_of(results, columns)] for name, results in models.items()]
     return markdown(["", *columns], rows)
 
 
 def methods_table(study):
     """A row per method, with what it needs and the rate that was chosen."""
-    columns = {"preferred": PREFERRED, "exact": EXACT} | PARTS_OF_KL
-    methods, rows = methods_of(study), []
+    columns, rows = {"preferred": PREFERRED, "exact": EXACT} | PARTS_OF_KL, []
     for name, needed in NEEDS.items():
-        runs, lr = methods[name]["runs"], methods[name]["settings"]["lr"]
-        cells = cells_of(runs, columns, ("drift, preferred", "drift, others"))
-        rows.append([name, needed, f"{lr:g}", *cells])
+        row = rows_of(study)[name]
+        cells = cells_of(row["results"], columns, ("drift, preferred", "drift, others"))
+        rows.append([name, needed, rate_of(row), *cells])
     return markdown(["method", "needs", "lr", *columns], rows)
 
 
 def differences_table(study):
-    """Methods that reach about as many preferred answers as the yardstick, less the yardstick."""
+    """Methods that reach about as many preferred answers as the yardstick, minus the yardstick."""
     metrics = {EXCESS: PARTS_OF_KL[EXCESS], "preferred": PREFERRED}
-    of_methods, rows = runs_of(study), []
+    results, rows = results_of(study), []
     for name in ALIKE:
-        both = of_methods[name], of_methods[YARDSTICK]
+        both = results[name], results[YARDSTICK]
         rows.append([name, *(paired(metric, *both) for metric in metrics.values())])
     return markdown(["method", *metrics], rows)
 
@@ -143,25 +143,28 @@ def differences_table(study):
 def directions_table(study):
     """The KL on the policy's own answers, given to DPO and taken from RLHF."""
     without = {"offline + KL": "offline", "RLHF": "RLHF without the KL"}
-    names = {"offline": "DPO", "offline + KL": "DPO + KL", "RLHF": "RLHF"}
-    of_methods, rows = runs_of(study), []
+    names = {"offline": "DPO", "offline + KL": "DPO + KL"}
+    results, rows = results_of(study), []
     for name in ("offline", "offline + KL", "RLHF without the KL", "RLHF"):
-        runs, others = of_methods[name], of_methods.get(without.get(name))
-        gain = paired(EXACT, runs, others) if others else ""
-        rows.append([names.get(name, name), *cells_of(runs, OWN_ANSWERS), gain])
-    return markdown(["", *OWN_ANSWERS, "exact, less without the KL"], rows)
+        gain = paired(EXACT, results[name], results[without[name]]) if name in without else ""
+        rate, cells = rate_of(rows_of(study)[name]), cells_of(results[name], OWN_ANSWERS)
+        rows.append([names.get(name, name), rate, *cells, gain])
+    return markdown(["", "lr", *OWN_ANSWERS, "exact, minus without the KL"], rows)
 
 
-def weights_table(study):
-    """DPO with the KL on the policy's own answers, by its weight, beside the predicted optimum."""
+def optima_table(study):
+    """Offline pairs with the KL on own answers, by its weight and beta, beside the prediction."""
     ps = [torch.tensor(sft["p"], dtype=torch.float64) for sft in study["methods"]["sft"]]
-    columns = OWN_ANSWERS | {EXCESS: PARTS_OF_KL[EXCESS]}
-    rows = []
-    for weight, runs in study["methods"]["kl weights"].items():
-        optima = [frontier.optimum_with_kl(p, float(weight), BETA) for p in ps[: len(runs)]]
+    columns, rows = OWN_ANSWERS | {EXCESS: PARTS_OF_KL[EXCESS]}, []
+    for change in study["methods"]["changes"]:
+        settings = {"kl-weight": 0.1, "beta": BETA} | change["settings"]
+        optima = [
+            frontier.optimum_with_kl(p, *settings.values()) for p in ps[: len(change["results"])]
+        ]
         predicted = [cell(values, spread=False) for values in zip(*optima)]
-        rows.append([weight, *predicted, *cells_of(runs, columns)])
-    return markdown(["λ", "optimum", "its KL", *columns], rows)
+        rows.append([*(f"{x:g}" for x in settings.values()), *predicted])
+        rows[-1] += cells_of(change["results"], columns)
+    return markdown(["λ", "β", "optimum", "its KL", *columns], rows)
 
 
 def interventions_table(study):
@@ -182,40 +185,27 @@ def collapse_table(study):
 
 def variants_table(first, columns, study, part):
     """A row for offline pairs and for each variant of them, at its best rate."""
-    variants, rows = {"offline": methods_of(study)["offline"]} | study[part], []
-    seeds = min(len(variant["runs"]) for variant in variants.values())
-    offline = variants["offline"]["runs"][:seeds]
+    variants, rows = {"offline": rows_of(study)["offline"]} | study[part], []
+    seeds = min(len(variant["results"]) for variant in variants.values())
+    offline = variants["offline"]["results"][:seeds]
     for name, variant in variants.items():
-        runs = variant["runs"][:seeds]
-        gain = "" if name == "offline" else paired(EXACT, runs, offline)
-        cells = cells_of(runs, columns, ("z of its pairs", "KL"))
-        rows.append([name, f"{variant['settings']['lr']:g}", *cells, gain])
-    return markdown([first, "lr", *columns, "exact, less offline"], rows)
+        results = variant["results"][:seeds]
+        gain = "" if name == "offline" else paired(EXACT, results, offline)
+        rows.append(
+            [name, rate_of(variant), *cells_of(results, columns, ("z of its pairs",)), gain]
+        )
+    return markdown([first, "lr", *columns, "exact, minus offline"], rows)
 
 
 def looks_table(study):
     """The pairs that are won and the policy's own answers over the steps of offline pairs."""
-    start, *others = zip(*(run["looks"] for run in runs_of(study)["offline"]))
+    start, *others = zip(
+        *(result["looks"] for result in study["methods"]["default rate"]["offline"])
+    )
     names = ("pairs won", "preferred", "exact", "kl")
     columns = {name: itemgetter(name) for name in names}
     rows = [[str(x[0]["step"]), *cells_of(x, columns)] for x in (start, *others[-13::4])]
     return markdown(["step", *names[:-1], "KL"], rows)
-
-
-def judge_table(study):
-    """A row per kind and beta: the optimum, the end of the runs, and the shares at all rates."""
-    columns = {
-        "optimum": lambda r: r["optimum"]["preferred"],
-        "its KL": lambda r: r["optimum"]["kl"],
-    } | OWN_ANSWERS
-    rows = []
-    for entry in study["judge"]["study"].values():
-        settings, cells = entry["settings"], cells_of(entry["runs"], columns, ["optimum", "its KL"])
-        tried = sorted((other["lr"], share) for other, share, _ in entry["tried"])
-        by_rate = ", ".join(f"{lr:g}: {share:.2f}" for lr, share in tried)
-        names = [settings["kind"], f"{settings['beta']:g}"]
-        rows.append([*names, *cells, by_rate])
-    return markdown(["", "β", *columns, "preferred by lr, seed 0"], rows)
 
 
 TABLES = {
@@ -223,11 +213,10 @@ TABLES = {
     "methods": methods_table,
     "differences": differences_table,
     "directions": directions_table,
-    "weights": weights_table,
+    "optima": optima_table,
     "interventions": interventions_table,
     "collapse": collapse_table,
     "looks": looks_table,
-    "judge": judge_table,
 }
 
 
@@ -247,10 +236,11 @@ def main():
     """Makes everything before it writes a page."""
     study = read_study()
     pages = {page: fill(page.read_text(encoding="utf-8"), study) for page in PAGES}
-    figures.draw_study(study, runs_of(study), FOLDER)
+    figures.draw_study(study, rows_of(study), results_of(study), FOLDER)
     for page, text in pages.items():
         write_file(page, text.encode())
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Writes the tables and figures of the study.").parse_args()
     run_script(main)
