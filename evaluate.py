@@ -20,7 +20,7 @@ from statistics import mode
 import torch
 
 from data import (DEFAULT_TERMS, DEVICES, MIN_SUM, check_writable, held_out_sums, is_exact,
-                  make_parser, mark, measure, number, run_script, shown_sums,
+                  make_parser, mark, measure, number, run_script, seen_sums, shown_sums,
                   write_file)  # fmt: skip
 from model import answers_to, device_of, fingerprint, load_checkpoint, logratios_of
 from plots import figures
@@ -109,20 +109,16 @@ def sampled_answers(model, reference, samples, seed):
     return answers, logratios_of(model, reference, answers)
 
 
-def to_held_out_sums(answers, max_sum):
-    prompts = tuple(f"{n}=" for n in held_out_sums(max_sum))
-    return [answer for answer in answers if answer.startswith(prompts)]
-
-
 def result_of(model, reference, preferred_terms, samples, seed):
     """Metrics of sampled and of greedy answers, the KL in nats, and some of the answers."""
     answers, logratios = sampled_answers(model, reference, samples, seed)
     max_sum = model.config.max_sum
+    held_out = tuple(f"{n}=" for n in held_out_sums(max_sum))
     greedy = answers_to(model, range(MIN_SUM, max_sum + 1), greedy=True)
     wrong = [answer for answer in answers if not is_exact(answer)]
     return {
         "sampled": measure(answers, preferred_terms),
-        "held out": measure(to_held_out_sums(answers, max_sum), preferred_terms),
+        "held out": measure([a for a in answers if a.startswith(held_out)], preferred_terms),
         "greedy": measure(greedy, preferred_terms),
         "kl": logratios.mean().item(),
         "answers": answers_to(model, shown_sums(max_sum), generator=seeded(model, seed)),
@@ -139,11 +135,8 @@ def ask(models, sums, seed):
             answers += answers_to(model, [n] * 3, generator=seeded(model, seed))
             greedy, *sampled = (mark(answer, preferred_terms) for answer in answers)
             print(f"{label:>15}  greedy {greedy:<31}  sampled {'  '.join(sampled)}")
-            max_sum = model.config.max_sum
-            if n in held_out_sums(max_sum):
-                print(f"{label:>15}  has never seen {n}, a held-out sum")
-            elif not MIN_SUM <= n <= max_sum:
-                print(f"{label:>15}  has learned the sums from {MIN_SUM} to {max_sum}")
+            if n not in seen_sums(model.config.max_sum):
+                print(f"{label:>15}  has never seen the sum {n}")
 
 
 # ---- the table -------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_a_look_measures_answers_to_every_sum(trained, clueless, terms, capsys):
     ratios = [plain_logp(trained, x) - plain_logp(clueless, x) for x in equations]
     kl = sum(ratios) / len(ratios)
     assert own == measure(equations, terms) | {"kl": pytest.approx(kl, rel=1e-4)}
-    assert own["n"] == len(prompts) and 0 < own["exact"] < 1 and own["kl"] > 0
+    assert own["n"] == len(prompts) == 3 * 16 + 3 and 0 < own["exact"] < 1 and own["kl"] > 0
     shown = capsys.readouterr().out
     assert all(mark(equation, terms) in shown for equation in equations[-3:])
     assert look(clueless, clueless, terms, 7)["kl"] == 0

@@ -40,14 +40,17 @@ def test_a_label_of_other_versions_and_of_files():
     assert evaluate.label_of({"pairs": "online"}) == "online"  # with none of the later flags
     assert evaluate.label_of({"pairs": "a/b.jsonl", "loss": "ipo"}) == "b.jsonl, ipo"
     assert evaluate.label_of({}) == "SFT"
+    of_any_bytes = {name: (None, {}, []) for name in ("a\udcff.pt", "b.pt")}
+    assert [label.encode() for label in evaluate.labelled(of_any_bytes)][0] == b"SFT (a?.pt)"
 
 
 def load(tmp_path, **files):
-    """What evaluate.py loads if these files are there: name=(model, args)."""
+    """What evaluate.py loads if these files are there: name=(model, args); the first is SFT."""
     paths = [f"{tmp_path}/{name}.pt" for name in files]
     for path, (model, args) in zip(paths, files.values()):
         save_checkpoint(path, model, args, [])
-    flags = [f"--sft={paths[0]}", *paths[::-1], *paths]
+    again = [f"{tmp_path}/./{name}.pt" for name in files]
+    flags = [f"--sft={paths[0]}", *paths[1:], *again]
     return evaluate.load_models(evaluate.parse_args(flags))
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from conftest import plain_logits, plain_logp, random_model
 
 from data import CUT_OFF, END, VOCAB_SIZE, InputError, collate, decode, encode, random_equations
-from model import (answers_to, completion_logps, fingerprint, generate, load_checkpoint, logps_of,
-                   logratios_of, save_checkpoint)  # fmt: skip
+from model import (GPT, GPTConfig, answers_to, completion_logps, fingerprint, generate,
+                   load_checkpoint, logps_of, logratios_of, save_checkpoint)  # fmt: skip
 
 PROMPTS = ["100=", "43=", "9=", "5=", "77=", "999="]
 COLUMNS = 4 + 14 + 3 + 1  # a prompt, the longest completion up to 20, a stray term and the end
@@ -33,6 +33,15 @@ def test_logits_equal_those_of_a_plain_transformer_whatever_comes_later_in_the_r
         filled[: len(row)] = torch.tensor(row)
     for row, got in zip(rows, model(tokens)):
         assert torch.allclose(got[: len(row)], plain_logits(model, row), atol=1e-10)
+
+
+def test_a_fresh_model_guesses_uniformly_and_its_blocks_change_nothing():
+    torch.manual_seed(0)
+    model, x = GPT(GPTConfig()), torch.randn(2, 5, 48)
+    assert (model(torch.randint(VOCAB_SIZE, (2, 5))) == 0).all()
+    assert all(torch.equal(block(x)[0], x) for block in model.blocks)
+    for embedding in (model.token_embedding, model.position_embedding):
+        assert embedding.weight.std().item() == pytest.approx(0.2, rel=0.1)
 
 
 def test_logps_equal_a_plain_loop_whatever_the_batch_the_order_and_what_fills_the_rows(model):
@@ -78,6 +87,12 @@ def test_greedy_answers_equal_full_forward_passes_one_by_one(model):
             row.append(plain_logits(model, row)[-1].argmax().item())
         expected.append(decode(row[4:]))
     assert generate(model, prompts, greedy=True) == expected
+    short = [x for x, y in zip(prompts, expected) if len(y) < 5][:3]
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    longest = max(map(len, generate(model, short, greedy=True)))
+    handle.remove()
+    assert len(calls) == longest + 1 < COLUMNS - 4  # it stops when all rows have ended
     assert 5 < sum(completion.endswith(CUT_OFF) for completion in expected) < len(prompts) - 5
     assert len(set(map(len, expected))) >= 4  # many rows end at other times
 

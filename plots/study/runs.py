@@ -21,14 +21,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from modulefinder import ModuleFinder
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
 
 import train_dpo
 import train_sft
-from data import is_preferred, measure, run_script, write_file
-from evaluate import sampled_answers, to_held_out_sums
+from data import held_out_sums, is_exact, is_preferred, measure, run_script, write_file
+from evaluate import sampled_answers
 from model import load_checkpoint
 from plots.study import frontier
 from train_sft import learning_rate
@@ -163,8 +164,9 @@ def measured(policy, reference, p, seed):
     answers, logratios = own_answers(policy, reference, seed)
     preferred = torch.tensor([is_preferred(answer, 3) for answer in answers])
     parts = frontier.split_kl(logratios.view(len(p), -1), preferred.view(len(p), -1), p)
-    held_out = measure(to_held_out_sums(answers, policy.config.max_sum), 3)["exact"]
-    result = {"seed": seed, "sampled": measure(answers, 3), "held out": held_out}
+    prompts = tuple(f"{n}=" for n in held_out_sums(policy.config.max_sum))
+    held_out = [is_exact(answer) for answer in answers if answer.startswith(prompts)]
+    result = {"seed": seed, "sampled": measure(answers, 3), "held out": fmean(held_out)}
     return result | {"kl": logratios.mean().item(), "kl parts": parts}
 
 
