@@ -58,8 +58,8 @@ def plain_logits(model, tokens):
     return F.layer_norm(x, x.shape[1:], w["norm.weight"], w["norm.bias"]) @ w["head.weight"].T
 
 
-def plain_logps(model, equation):
-    """The tokens after the equals sign, and the log-probs of all tokens there. Gradients flow.
+def token_logps(model, equation):
+    """log pi of each token after the equals sign: (tokens,). Gradients flow.
 
     The end token is one of them, unless the equation closes with an ellipsis.
     """
@@ -68,15 +68,9 @@ def plain_logps(model, equation):
     text = f"{prompt:0>3}={completion.removesuffix(CUT_OFF)}{ending}"
     tokens = [ALPHABET.index(character) for character in text]
     logits = plain_logits(model, tokens[:-1])[3:]
-    return tokens[4:], logits - logits.exp().sum(1, keepdim=True).log()
-
-
-def plain_rows(model, equation):
-    """Each token after the equals sign with the log-probs of all tokens there, as floats."""
-    tokens, logps = plain_logps(model, equation)
-    return list(zip(tokens, logps.tolist()))
+    return logits[range(len(logits)), tokens[4:]] - logits.exp().sum(1).log()
 
 
 def plain_logp(model, equation):
     """log pi of the completion of an equation, a float."""
-    return sum(row[token] for token, row in plain_rows(model, equation))
+    return token_logps(model, equation).sum().item()

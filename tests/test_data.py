@@ -215,28 +215,20 @@ def test_what_cannot_replace_its_target_stays_under_another_name(tmp_path):
     assert content == b"hours of work" and str(tmp_path / name) in str(error.value)
 
 
-def test_a_link_stays_a_link_and_a_protected_file_is_refused(tmp_path):
-    target, link = tmp_path / "target", tmp_path / "link"
-    target.write_text("old")
-    link.symlink_to(target)
-    data.check_writable(link)
-    data.write_file(link, b"new")
-    assert link.is_symlink() and target.read_text() == "new"
-    target.chmod(0o444)
-    with pytest.raises(data.InputError):
-        data.check_writable(link)
-
-
 def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    """A link is followed."""
     monkeypatch.chdir(tmp_path)
-    Path("old").write_text("old"), os.mkfifo("fifo"), os.mkdir("folder")
-    for path in ("old", "new", "deep/er/new"):
+    Path("old").write_text("old"), Path("link").symlink_to("old"), os.mkdir("folder")
+    os.mkfifo("fifo"), Path("kept").write_text("kept"), os.chmod("kept", 0o444)
+    for path in ("link", "new", "deep/er/new"):
         data.check_writable(path)
-    for path in ("folder", "folder/", "", "fifo", "/dev/null", "old/below"):
+        data.write_file(path, b"new")
+    assert Path("link").is_symlink() and Path("old").read_text() == "new"
+    for path in ("folder", "folder/", "", "fifo", "/dev/null", "old/below", "kept"):
         with pytest.raises((data.InputError, OSError)):
             data.check_writable(path)
-    assert Path("old").read_text() == "old" and not any(Path("deep/er").iterdir())
-    assert set(os.listdir()) == {"old", "fifo", "folder", "deep"}
+    assert Path("kept").read_text() == "kept" and os.listdir("deep/er") == ["new"]
+    assert set(os.listdir()) == {"old", "link", "new", "fifo", "folder", "kept", "deep"}
 
 
 def test_numbers_outside_their_range_are_refused(capsys):

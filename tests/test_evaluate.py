@@ -120,6 +120,7 @@ def test_bars_and_shares_by_hand():
     figures.draw_histogram(axes, metrics, "", "black", 3, 5)
     pale, right = {(2, True): 20, (3, True): 40}, {(2, False): 20, (3, False): 20}
     assert bars_of(axes) == pytest.approx({(0, False): 40} | pale | right)
+    assert figures.smooth([0, 1] * 20)[20] == 2 / 5 and figures.smooth([3, 1, 2]) == [3, 1, 2]
     assert list(figures.mass(metrics, 3).values()) == pytest.approx([0.2, 0.2, 0.2, 0, 0.4])
     shares = figures.mass(measure(LONG, 3), 3).values()
     assert list(shares) == pytest.approx([0, 0, 0.6, 0.2, 0.2])

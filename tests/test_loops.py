@@ -10,7 +10,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from conftest import mixed_model, plain_logps
+from conftest import mixed_model, token_logps
 
 import train_dpo
 import train_sft
@@ -66,9 +66,7 @@ def untrained(args):
 
 
 def logp(model, prompt, completion):
-    """log pi(y|x) of one sequence, as a tensor with gradients."""
-    tokens, logps = plain_logps(model, prompt + completion)
-    return logps[range(len(tokens)), tokens].sum()
+    return token_logps(model, prompt + completion).sum()
 
 
 def update(rates, loss, parameters, optimizers):

@@ -16,7 +16,7 @@ from statistics import fmean, mean
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALPHABET, mixed_model, plain_logits, plain_logp, plain_logps, plain_rows
+from conftest import ALPHABET, mixed_model, plain_logits, plain_logp, token_logps
 
 import train_dpo
 from data import (CUT_OFF, InputError, collate, entropy_floor, is_exact, is_preferred, measure,
@@ -213,18 +213,17 @@ run_script(lambda: runs.write_part("part", work))
 """
 
 
-@pytest.mark.parametrize("by_user", [True, False])
-def test_an_interrupted_study_leaves_no_worker(tmp_path, by_user):
-    """By Ctrl-C, which all processes hear, or SIGTERM. A worker would hold the pipe of errors."""
+def test_an_interrupted_study_leaves_no_worker(tmp_path):
+    """By Ctrl-C, which all processes hear. A worker would hold the pipe of errors."""
     env = os.environ | {"PYTHONPATH": str(tables.PAGES[0].parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERRUPTED]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, start_new_session=True
-    )
+        [sys.executable, "-c", INTERRUPTED],
+        cwd=tmp_path, env=env, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
     while not (tmp_path / "started").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT) if by_user else process.terminate()
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and b"Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["started"]
@@ -261,7 +260,7 @@ def test_all_that_is_asked_of_a_model_is_that_of_plain_loops(sft):
 
 
 def test_the_gap_of_sft_and_a_lost_checkpoint():
-    """A checkpoint that was deleted is trained again, though the results made from it are kept."""
+    """A checkpoint that was deleted is trained again, though its kept results are there."""
     equations = random_equations(random.Random(methods.EQUATION_SEED), 20, seen_sums())
     equations = ["".join(example) for example in equations]
     gap = -fmean(plain_logp(runs.start(2)[0], x) for x in equations) - entropy_floor(equations)
@@ -359,9 +358,9 @@ def test_the_policy_of_rlhf_learns_as_in_a_plain_loop(sft, reward_model):
     def loss():
         prompts = [f"{n}=" for n in rng.choices(SEEN, k=8)]
         answers = [x + y for x, y in zip(prompts, generate(plain, prompts))]
-        logps, terms = [logp(plain, x) for x in answers], []
+        logps, terms = [token_logps(plain, x).sum() for x in answers], []
         gains = [
-            plain_reward(reward_model, x) - 0.3 * (now.item() - logp(reference, x).item())
+            plain_reward(reward_model, x) - 0.3 * (now.item() - plain_logp(reference, x))
             for x, now in zip(answers, logps)
         ]
         for i in range(8):
@@ -373,13 +372,6 @@ def test_the_policy_of_rlhf_learns_as_in_a_plain_loop(sft, reward_model):
     assert_same_weights(trained, plain, sft)
 
 
-def logp(model, equation, places=None):
-    """log pi of the completion, or of its tokens in these places; with gradients."""
-    tokens, logps = plain_logps(model, equation)
-    places = range(len(tokens)) if places is None else places
-    return sum(logps[i, tokens[i]] for i in places)
-
-
 # ---- interventions ---------------------------------------------------------------------------
 
 
@@ -388,7 +380,9 @@ def test_the_tokens_of_rejected_sides_that_count(sft):
     equations = [f"20={side}" for side in ("4+5", "10+30+13", "20", "1+22")]
     tokens, mask = collate([("20=", equation[3:]) for equation in equations])
     unlikely = [
-        "".join(ALPHABET[t] for t, logps in plain_rows(sft, equation) if logps[t] < math.log(0.5))
+        "".join(
+            c for c, logp in zip(equation[3:] + "$", token_logps(sft, equation)) if logp.exp() < 0.5
+        )
         for equation in equations
     ]
     expected = {
@@ -427,12 +421,13 @@ def test_interventions_train_as_a_plain_loop(sft, variant):
         for x, chosen, rejected in pairs:
             if variant == "half wrong sums":
                 rejected = interventions.half_wrong_sums(rng_of_sides, (x, chosen, rejected))
-            rows = plain_rows(reference, x + rejected)
-            places = [i for i, (t, logps) in enumerate(rows) if logps[t] < math.log(0.5)]
-            places = places if variant == "tokens below one half" else None
-            right = logp(plain, x + chosen) - logp(reference, x + chosen).detach()
-            wrong = logp(plain, x + rejected, places)
-            yield right - wrong + logp(reference, x + rejected, places).detach()
+            right, wrong = (
+                token_logps(plain, x + y) - token_logps(reference, x + y).detach()
+                for y in (chosen, rejected)
+            )
+            if variant == "tokens below one half":
+                wrong = wrong[token_logps(reference, x + rejected).exp() < 0.5]
+            yield right.sum() - wrong.sum()
 
     def loss():
         zs = list(zs_of(random_pairs(rng, 8, SEEN, 3)))
