@@ -564,7 +564,7 @@ def test_cells_by_hand():
     assert tables.cell([12.0, None, 13.0], spread=False) == "12.5"
     assert tables.cells_of([{"x": None}], {"x": lambda r: r["x"]}, ["x"]) == [""]
     rates = [tables.rate_of({"settings": {"lr": lr}}) for lr in (3e-6, 1e-3, 1e-2)]
-    assert rates == ["3e-06 (lowest)", "0.001", "0.01 (highest)"]
+    assert rates == ["3e-6 (lowest)", "1e-3", "1e-2 (highest)"]
 
 
 def test_paired_differences_by_hand():

@@ -26,6 +26,11 @@ WITH_REWARDS = ("offline", "offline + KL", "mistakes", "offline + NLL", "imitati
 MARKERS = ["o", "s", "^", "v", "D", "P"]
 
 
+def rate_text(lr):
+    """A learning rate as the pages write it: 0.0003 -> "3e-4"."""
+    return f"{lr:.0e}".replace("e-0", "e-")
+
+
 def spread(values):
     return stdev(values) if len(values) > 1 else 0.0
 
@@ -93,7 +98,7 @@ def draw_rates(rows):
             axes.add_patch(
                 Rectangle((best - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", lw=2)
             )
-        axes.set_xticks(range(len(RATES)), [f"{rate:g}" for rate in RATES], fontsize=9)
+        axes.set_xticks(range(len(RATES)), map(rate_text, RATES), fontsize=9)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
         axes.grid(False)
         axes.set_xlabel("learning rate")

@@ -92,7 +92,7 @@ def rate_of(row):
     """The learning rate that was chosen; it says so where no rate beyond it was tried."""
     lr = row["settings"]["lr"]
     edge = {min(RATES): " (lowest)", max(RATES): " (highest)"}.get(lr, "")
-    return f"{lr:g}{edge}"
+    return figures.rate_text(lr) + edge
 
 
 def of_three_terms(result):
