@@ -36,6 +36,7 @@ SMALL = {  # the whole study in seconds: module: its constants
     methods: {
         "METHODS": {"offline + KL": {"pairs": "offline", "kl-weight": 0.1} | SHORT},
         "MORE_METHODS": {"online": {"pairs": "online"} | SHORT},
+        "OFFLINE": {"pairs": "offline"} | SHORT,
         "CHANGES": [{"kl-weight": 0.03}, {"beta": 2}],
         "PAIRS": 20,
         "EQUATIONS": 20,
@@ -470,10 +471,16 @@ def test_every_part_has_all_rows_rates_and_seeds(study):
             assert len({result["kl"] for result in row["results"]} - {0}) == len(SEEDS)
         ends = {json.dumps(row["results"]) for row in part.values()}
         assert len(ends) == len(part)
-    assert len(study["rlhf"]["rewards"]) == len(study["methods"]["sft"]) == len(SEEDS)
+    for seed, rewards, result in zip(SEEDS, study["rlhf"]["rewards"], study["methods"]["sft"]):
+        assert rewards == rlhf.learn_rewards(seed)
+        assert result["p"] == frontier.preferred_shares(runs.start(seed)[1], 3).tolist()
     (results,) = study["methods"]["default rate"].values()
     assert results[0]["looks"][0]["kl"] == 0 != results[0]["kl"]
     assert [x["settings"] for x in study["methods"]["changes"]] == methods.CHANGES
+    of_rates = study["methods"]["offline at every rate"]
+    assert [x["settings"]["lr"] for x in of_rates] == [*runs.RATES]
+    for row in (*study["methods"]["changes"], *of_rates):
+        assert [result["seed"] for result in row["results"]] == [*SEEDS]
     for result in study["collapse"]["five terms"]["results"]:
         assert result["sampled"]["preferred"] == result["sampled"]["exact_counts"].get("5", 0)
 
@@ -494,12 +501,12 @@ def test_every_run_starts_from_the_sft_model_of_its_seed_with_its_settings(study
             default = getattr(defaults, flag.replace("-", "_"))
             assert (f"{flag}={value:g}" in path.stem) or value == default
         names.append(path.stem)
-    assert len(names) == 2 * (2 + 3) + 3 * (1 + 2) + 2 * (2 + 3)
+    assert len(names) == 2 * (2 + 3) + 3 * (1 + 2) + 3 * 2 + 2 * (2 + 3)
 
 
 # ---- the pages -------------------------------------------------------------------------------
 
-PUBLISHED = {}
+PUBLISHED = tables.read_study()
 
 
 def test_all_tables_and_figures_are_made_or_none(tmp_path, monkeypatch):

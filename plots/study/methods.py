@@ -3,8 +3,8 @@
     python -m plots.study.methods
 
 It writes methods.json. Every method has the same steps, batches and learning rates to choose from.
-Those of the top README are also run at the default rate, and the method with the KL on the policy's
-own answers also with other weights of that KL, and with other beta.
+Those of the top README are also run at the default rate, offline pairs at every rate, and the
+method with the KL on the policy's own answers with other weights of that KL, and with other beta.
 """
 
 import random
@@ -89,11 +89,18 @@ def methods(pool):
     default = {"lr": DEFAULTS.lr}
     tasks = {name: [(row | default, seed) for seed in SEEDS] for name, row in METHODS.items()}
     content["default rate"] = runs.gather(pool, "default rate", run, tasks)
+    every_rate = [{"lr": lr} for lr in runs.RATES]
+    content["offline at every rate"] = with_changes(pool, OFFLINE, every_rate, SEEDS)
     best = content["methods"]["offline + KL"]["settings"]
-    tasks = {i: [(best | change, seed) for seed in FEWER] for i, change in enumerate(CHANGES)}
-    results = runs.gather(pool, "weights of the KL, beta", run, tasks)
-    content["changes"] = [{"settings": c, "results": results[i]} for i, c in enumerate(CHANGES)]
+    content["changes"] = with_changes(pool, best, CHANGES, FEWER)
     return content | {"frontier": curve(ps)}
+
+
+def with_changes(pool, row, changes, seeds):
+    """The results of a row with each of some changes of its settings."""
+    tasks = {i: [(row | change, seed) for seed in seeds] for i, change in enumerate(changes)}
+    results = runs.gather(pool, "changes", run, tasks)
+    return [{"settings": change, "results": results[i]} for i, change in enumerate(changes)]
 
 
 def curve(ps):

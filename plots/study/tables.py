@@ -152,6 +152,15 @@ def directions_table(study):
     return markdown(["", "lr", *OWN_ANSWERS, "exact, minus without the KL"], rows)
 
 
+def rates_table(study):
+    """Offline pairs at every rate."""
+    rows = []
+    for row in study["methods"]["offline at every rate"]:
+        rate = figures.rate_text(row["settings"]["lr"])
+        rows.append([rate, *cells_of(row["results"], OWN_ANSWERS)])
+    return markdown(["lr", *OWN_ANSWERS], rows)
+
+
 def optima_table(study):
     """Offline pairs with the KL on own answers, by its weight and beta, beside the prediction."""
     ps = [torch.tensor(sft["p"], dtype=torch.float64) for sft in study["methods"]["sft"]]
@@ -198,18 +207,18 @@ def variants_table(first, columns, study, part):
 
 
 def looks_table(study):
-    """The pairs that are won and the policy's own answers over the steps of offline pairs."""
-    start, *others = zip(
-        *(result["looks"] for result in study["methods"]["default rate"]["offline"])
-    )
+    """The pairs that are won and the policy's own answers over the first steps of offline pairs."""
+    looks = [*zip(*(result["looks"] for result in study["methods"]["default rate"]["offline"]))]
     names = ("pairs won", "preferred", "exact", "kl")
     columns = {name: itemgetter(name) for name in names}
-    rows = [[str(x[0]["step"]), *cells_of(x, columns)] for x in (start, *others[-13::4])]
+    shown = (looks[0], *looks[3:8], looks[-1])  # steps 0, 4, 8, 16, 31, 62 and 500
+    rows = [[str(x[0]["step"]), *cells_of(x, columns)] for x in shown]
     return markdown(["step", *names[:-1], "KL"], rows)
 
 
 TABLES = {
     "models": models_table,
+    "rates": rates_table,
     "methods": methods_table,
     "differences": differences_table,
     "directions": directions_table,
