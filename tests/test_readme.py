@@ -12,53 +12,74 @@ import pytest
 import data
 import evaluate
 import train_dpo
-from plots.study import tables
+from plots.study import runs, tables
+from plots.study.figures import rate_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page: page.read_text(encoding="utf-8") for page in tables.PAGES}
 README, RESULTS = (" ".join(page.split()) for page in PAGES.values())
 STUDY = tables.read_study()
-VARIANTS = STUDY["interventions"] | STUDY["collapse"]
-RUNS = tables.runs_of(STUDY) | {name: entry["runs"] for name, entry in VARIANTS.items()}
-SENTENCES = [  # (page, sentence): {runs: metric} stands for the mean over the seeds, as 0.981
-    (README, "DPO wins {offline: pairs won} of the pairs in the end"),
-    (README, "and {offline: exact} of the answers stay exact"),
-    (README, "makes wrong sums likely ({offline: wrong sums} of the answers)"),
-    (README, "counts in the loss, {the last term: exact} are exact"),
-    (
-        README,
-        "count, {the terms before the last: exact} are, and {the terms before the last: preferred}",
-    ),
-    (README, "nothing beside it, and it works ({mistakes: preferred} preferred)"),
-    (README, "{offline + NLL: preferred} preferred (three seeds)"),
-    (README, "exact answers to them ({SFT: held out} after SFT) were not memorised"),
-    (README, "with label smoothing, {offline, smoothed: exact} are exact"),
-    (
-        RESULTS,
-        "leaves {offline: exact} of the answers exact, and ends {offline: excess} nats above",
-    ),
-    (RESULTS, "{offline + KL: preferred} preferred, {offline + KL: exact} exact"),
-    (RESULTS, "keeps the sums ({RLHF: exact})"),
-    (RESULTS, "NLL beside the pairs ({offline + NLL: preferred} preferred;"),
-    (RESULTS, "or plain imitation of the chosen side ({imitation: preferred})"),
-    (RESULTS, "at best {five terms preferred: exact} are exact"),
-    (RESULTS, "{the last term: exact} of the answers are exact. If the terms before it count"),
-    (RESULTS, "{the terms before the last: exact} are, and {the terms before the last: preferred}"),
-    (RESULTS, "({online: preferred}), but {online: drift} of their {online: excess} nats above"),
-    (RESULTS, "about {offline: ceiling} here"),
-    (RESULTS, "({offline + NLL: chosen}); those of `offline` end at {offline: chosen}"),
-    (RESULTS, "end at {imitation: rejected}, and those of `offline` at {offline: rejected}"),
-    (RESULTS, "is {offline, smoothed: z}, and {offline, smoothed: exact} of the answers are exact"),
-    (RESULTS, "falls to {offline + NLL: lowest} exact"),
-    (RESULTS, "{SFT: held out} are exact after SFT and {mistakes: held out}"),
-    (RESULTS, "{SFT: largest} and {mistakes: largest}. The gap of SFT is {SFT: gap} nats"),
+OF_DEFAULT = {f"default {name}": x for name, x in STUDY["methods"]["default rate"].items()}
+OF_RATES = STUDY["methods"]["offline at every rate"]
+OF_RATES = {f"offline at {rate_text(x['settings']['lr'])}": x["results"] for x in OF_RATES}
+RUNS = tables.results_of(STUDY) | OF_DEFAULT | OF_RATES
+SENTENCES = [  # (page, sentence): {runs: metric} stands for what `filled` writes there
+    (README, "{SFT: least} is the"),
+    (README, "the end DPO wins {default offline: pairs won} of the"),
+    (README, "of the pairs, and {default offline: exact} of the"),
+    (README, "exact answers to them ({SFT: held out} after SFT)"),
+    (README, "but exact rises from {default offline: exact} to 1,"),
+    (README, "1, and preferred from {default offline: preferred} to {default offline: kept}."),
+    (README, "counts in the loss, {the last term: exact} are exact;"),
+    (README, "the last term counts, {all but the last term: exact}."),
+    (README, "the answers of *offline*, {default offline: wrong of other counts} are wrong"),
+    (README, "numbers of terms, and {default offline: wrong of three} wrong sums"),
+    (README, "| `--kl-weight 0.1` | {offline + KL: preferred} | {offline + KL: exact} |"),
+    (README, "| `--nll-weight 1` | {offline + NLL: preferred} | {offline + NLL: exact} |"),
+    (README, "| `--pairs mistakes` | {mistakes: preferred} | {mistakes: exact} |"),
+    (README, "| Exercise 4 | {half wrong sums: preferred} | {half wrong sums: exact} |"),
+    (README, "| {RLHF: preferred} | {RLHF: exact}"),
+    (README, "at the best rates, {β = 0.1: exact} are exact at β = 0.1 and {β = 5: exact} at β"),
+    (RESULTS, "more answers stay exact ({offline at 3e-6: exact}), and the"),
+    (RESULTS, "is hardly learned ({offline at 3e-6: preferred}, after SFT {SFT: preferred})."),
+    (RESULTS, "with their ceiling, about {offline: ceiling} here."),
+    (RESULTS, "NLL` come near it ({offline + NLL: chosen});"),
+    (RESULTS, "of `offline` end at {offline: chosen}."),
+    (RESULTS, "rejected side, end at {imitation: rejected} (`offline`:"),
+    (RESULTS, "{offline: rejected})."),
+    (RESULTS, "of the pairs is {offline, smoothed: z}, and {offline, smoothed: exact} of the"),
+    (RESULTS, "NLL` falls to {offline + NLL: lowest} exact, and ends at {offline + NLL: exact}."),
+    (RESULTS, "generator nearly do (gap {SFT: gap})."),
+    (RESULTS, "most preferred answers ({online: preferred}), but it ends {online: excess} nats"),
+    (RESULTS, "nats above the frontier, {online: drift} of them"),
+    (RESULTS, "held-out sums, {SFT: held out} are exact after SFT and {mistakes: held out}"),
+    (RESULTS, "100, the hardest sum, {SFT: largest} and {mistakes: largest} are."),
+    (RESULTS, "gap of SFT is {SFT: gap} nats."),
+    (RESULTS, "{offline, by seed: exact};"),
+    (RESULTS, "{offline + KL, by seed: exact})."),
+    (RESULTS, "four of five seeds ({RLHF without the KL, by seed: exact} are exact)."),
+    (RESULTS, "last term alone counts, {the last term: exact} of the"),
+    (RESULTS, "all but it counts, {all but the last term: exact} are."),
+    (RESULTS, "alone, it leaves {the end token: exact}."),
+    (RESULTS, "preference without a KL** ({the terms before the last: preferred} preferred,"),
+    (RESULTS, "preferred, {the terms before the last: exact} exact)."),
+    (RESULTS, "one half ({tokens below one half: preferred}, {tokens below one half: exact};"),
+    (RESULTS, "what becomes likely ({half wrong sums: preferred}, {half wrong sums: exact})."),
+    (RESULTS, "at most {five terms preferred: preferred} are preferred"),
+    (RESULTS, "no preference ({a file of 100 pairs: preferred}, after SFT {SFT: preferred})."),
 ]
 
 
 def metrics_of(run):
     """What the pages say of a run, by name."""
-    metrics = run | run["sampled"] | {"held out": run["held out"]["exact"]}
-    metrics |= {"wrong sums": metrics["parse_rate"] - metrics["exact"]}
+    sampled = run["sampled"]
+    counts, exact = (sampled[key] for key in ("counts", "exact_counts"))
+    metrics = run | sampled | {"kept": sampled["preferred"] / sampled["exact"]}
+    metrics["wrong of three"] = counts.get("3", 0) - exact.get("3", 0)
+    wrong_sums = sampled["parse_rate"] - sampled["exact"]
+    metrics["wrong of other counts"] = wrong_sums - metrics["wrong of three"]
+    if "p" in run:
+        metrics["least"] = -fmean(map(math.log, run["p"]))
     if parts := run.get("kl parts"):
         metrics |= {"excess": parts["excess"], "drift": parts["preferred"]}
     if "looks" in run:
@@ -76,12 +97,26 @@ def test_tables_are_those_of_the_study(page):
     assert "<!-- table" in PAGES[page]
 
 
-def filled(sentence):
-    def mean(found):
-        name, metric = found[1].split(": ")
-        return f"{fmean(metrics_of(run)[metric] for run in RUNS[name]):.3f}".replace("-", "−")
+def test_no_row_has_an_untried_rate_and_the_most_preferred_one_was_taken():
+    for name, row in tables.rows_of(STUDY).items():
+        rates, preferred, _ = zip(*row["tried"])
+        assert rates == runs.RATES, name
+        assert row["settings"]["lr"] == rates[preferred.index(max(preferred))], name
+        assert [result["seed"] for result in row["results"]] in ([1, 2, 3], [1, 2, 3, 4, 5])
 
-    return re.sub(r"\{(.*?)\}", mean, sentence)
+
+def filled(sentence):
+    """With the numbers of the runs: a mean over the seeds, or one for each of them."""
+
+    def number(found):
+        name, metric = found[1].split(": ")
+        values = [metrics_of(run)[metric] for run in RUNS[name.removesuffix(", by seed")]]
+        if name.endswith(", by seed"):
+            *first, last = (f"{value:.3f}" for value in values)
+            return f"{', '.join(first)} and {last}"
+        return f"{fmean(values):.3f}".replace("-", "−")
+
+    return re.sub(r"\{(.*?)\}", number, sentence)
 
 
 @pytest.mark.parametrize("page, sentence", SENTENCES, ids=range(len(SENTENCES)))
@@ -89,56 +124,32 @@ def test_numbers_in_sentences_are_rounded_means_over_the_seeds(page, sentence):
     assert filled(sentence) in page
 
 
-def test_numbers_of_single_seeds_are_those_of_the_runs():
-    exact = [f"{tables.EXACT(run):.3f}" for run in RUNS["RLHF without the KL"]]
-    for page in (README, RESULTS):
-        assert f"{', '.join(exact[:-1])} and {exact[-1]}" in page
-    both = RUNS["offline + NLL"], RUNS["offline + KL"]
-    assert f"offline + KL: {tables.paired(tables.PREFERRED, *both)}" in RESULTS
-    rewards = STUDY["rlhf"]["rewards"]
-    gaps = [of_seed["3 terms, exact"] - of_seed["3 terms, wrong"] for of_seed in rewards]
-    assert f"gives exact ones {min(gaps):.1f} to {max(gaps):.1f} more than wrong ones" in RESULTS
-    tried = STUDY["rlhf"]["methods"]["RLHF without the KL"]["tried"]
-    (exact,) = [exact for settings, _, exact in tried if settings["lr"] == 3e-4]
-    assert f"three times the rate leaves {exact:.3f} exact (seed 0)" in RESULTS
-    assert min(run["kl parts"]["excess"] for run in RUNS["RLHF without the KL"]) > 3
-
-
-def test_how_far_from_the_optimum_runs_with_a_noisy_judge_end():
-    """Two betas for each kind, in the order of the table. The rate is the nearest on seed 0."""
-    for entry in STUDY["judge"]["study"].values():
-        optimum = entry["runs"][0]["optimum"]["preferred"]  # that of seed 0 is within 0.01
-        distances = {abs(share - optimum): settings for settings, share, _ in entry["tried"]}
-        assert entry["settings"] == distances[min(distances)]
-    online, online_2, reference, _, rl, rl_2 = (
-        f"{fmean(r['optimum']['preferred'] - tables.PREFERRED(r) for r in entry['runs']):.2f}"
-        for entry in STUDY["judge"]["study"].values()
-    )
-    assert f"DPO ends {online} and {online_2} below the optimum, and RL {rl} and {rl_2}" in RESULTS
-    assert f"stops short by {reference} at β = 0.3" in RESULTS
-    assert f"online DPO ends {online} and {online_2} below the exact optimum" in RESULTS
-    assert f"it ends {reference} below at β = 0.3" in RESULTS
+def test_numbers_of_single_runs_are_those_of_the_study():
+    """What reward models have learned, and what rates do to offline pairs and half wrong sums."""
+    for kind, others in (("3 terms, wrong", "wrong ones"), ("other count, exact", "other counts")):
+        gaps = [rewards["3 terms, exact"] - rewards[kind] for rewards in STUDY["rlhf"]["rewards"]]
+        assert f"{min(gaps):.1f} to {max(gaps):.1f} more than {others}" in RESULTS
+    tried = STUDY["interventions"]["half wrong sums"]["tried"]
+    most = max(fmean(map(tables.PREFERRED, results)) for results in OF_RATES.values())
+    assert all(f"leaves more than {most:.3f} preferred" in page for page in (README, RESULTS))
+    (rate,) = [rate_text(lr) for lr, preferred, _ in tried if preferred > 0.9]
+    assert f"{rate} alone has more than 0.9 preferred on seed 0" in RESULTS
 
 
 def test_the_readme_shows_the_loss_as_it_is():
-    """The body of dpo_loss, but for label smoothing, which is 0 by default."""
-    lines = inspect.getsource(train_dpo.dpo_loss).split('"""')[2].strip("\n").splitlines()
-    shown = [line for line in lines if "label_smoothing" not in line]
-    shown.insert(3, "    losses = -F.logsigmoid(beta * z)")
-    assert "\n".join(shown) + "\n```" in PAGES[tables.PAGES[0]]
+    """The body of dpo_loss, but for its two branches, which are off by default."""
+    body = inspect.getsource(train_dpo.dpo_loss).split('"""')[2].strip("\n")
+    shown = re.sub(r"    if .*\n        .*\n", "", body)
+    assert f"{shown}\n```" in PAGES[tables.PAGES[0]] and "logsigmoid(beta * z)\n    return" in shown
 
 
 def test_the_worked_pair_of_the_readme_adds_up():
-    """Four log-probs, z, the loss and the share of its full pull, at beta = 0.8."""
-    number = r"(-?[0-9.]+)"
-    printed = re.search(
-        rf"\[{number}, {number}\]\) tensor\(\[{number}, {number}\]", README
+    """z, the loss and the share of its full pull, at beta = 0.8."""
+    z, loss, weight = re.search(
+        r"z = ([0-9.]+), and the loss is ([0-9.]+)\..* \(σ\(−β z\) = ([0-9.]+)\)", README
     ).groups()
-    chosen, rejected, ref_chosen, ref_rejected = map(float, printed)
-    z = chosen - ref_chosen - (rejected - ref_rejected)
-    weight = 1 / (1 + math.exp(0.8 * z))
-    assert f"z = {z:.2f}" in README and f"loss is {-math.log(1 - weight):.3f}" in README
-    assert f"σ(−β z) = {weight:.3f}" in README
+    exact = 1 / (1 + math.exp(0.8 * float(z)))
+    assert (loss, weight) == (f"{-math.log(1 - exact):.3f}", f"{exact:.3f}")
 
 
 def test_printed_equations_and_the_pair_are_those_of_the_command(capsys):
@@ -147,25 +158,24 @@ def test_printed_equations_and_the_pair_are_those_of_the_command(capsys):
         assert f"$ python data.py {flags}\n{capsys.readouterr().out}" in PAGES[tables.PAGES[0]]
 
 
-@pytest.mark.parametrize("label", tables.MADE)
-def test_make_and_the_readme_train_what_the_study_chose(label):
-    """Each with the settings and the learning rate that the study found best for it."""
-
-    def parsed(flags):
-        return vars(train_dpo.parse_args(flags)) | {"out": None}
-
-    settings = STUDY["methods"]["methods"][label]["settings"]
-    chosen = parsed([f"--{flag}={value}" for flag, value in settings.items()])
-    assert evaluate.label_of(chosen) == label
-    in_makefile = re.findall(r"^FLAGS_\w+ := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    in_readme = re.findall(r"python train_dpo\.py([^`\n#]*)", PAGES[tables.PAGES[0]])
-    for shown in (["", *in_makefile], in_readme):
-        assert chosen in [parsed(flags.split()) for flags in shown]
+def test_make_and_the_readme_train_the_methods_of_the_table_at_the_default_rate():
+    in_makefile = re.findall(r"^FLAGS_\w+ :=(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    by_hand = re.findall(r"^python train_dpo\.py(.*)$", PAGES[tables.PAGES[0]], re.MULTILINE)
+    for commands in (in_makefile, by_hand[:3]):
+        args = [vars(train_dpo.parse_args(flags.split())) for flags in commands]
+        assert [evaluate.label_of(x) for x in args] == ["offline", "offline + KL", "mistakes"]
+        for x in args:
+            flags = STUDY["methods"]["methods"][evaluate.label_of(x)]["settings"].items()
+            flags = [f"--{flag}={value}" for flag, value in flags if flag != "lr"]
+            assert x | {"out": None} == vars(train_dpo.parse_args(flags)) | {"out": None}
 
 
-def test_every_figure_file_and_command_exists():
+def test_every_figure_file_and_command_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/mended.jsonl").touch()  # the reader writes it
     for page, text in PAGES.items():
-        for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        for path in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
             assert (page.parent / path).is_file(), path
         commands = re.findall(r"python (\w+)\.py([^`\n#>|]*)", text)
         for script, flags in commands:

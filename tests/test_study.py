@@ -542,7 +542,7 @@ def test_the_figures_show_what_is_in_the_json():
         shown = axes.images[0].get_array().tolist()
         for values, row, frame in zip(shown, rows.values(), axes.patches, strict=True):
             assert values == [100 * of_rate[column] for of_rate in row["tried"]]
-            assert runs.RATES[round(frame.get_x() + 0.5)] == row["settings"]["lr"]
+            assert figures.RATES[round(frame.get_x() + 0.5)] == row["settings"]["lr"]
     for axes in figures.draw_frontier(PUBLISHED, results).axes:
         points = [tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xydata()) == 1]
         for name in tables.NEEDS:

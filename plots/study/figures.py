@@ -68,16 +68,17 @@ def draw_frontier(study, results):
         style = {"textcoords": "offset points", "ha": side, "fontsize": 8}
         axes.annotate(f"best of {n}", (kl, 100 * share), offset, **style)
     axes.set_xscale("symlog", linthresh=2)
-    axes.set_xticks([0, 0.5, 1, 1.5, 2, 5, 10, 20], ["0", "0.5", "1", "1.5", "2", "5", "10", "20"])
-    axes.set_xlim(0, 30)
+    axes.set_xticks([0, 0.5, 1, 1.5, 2, 5, 10, 20, 40])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(0, 40)
     axes.set_ylim(0, 104)
     axes.set_xlabel("KL from SFT (nats, logarithmic from 2 on)")
     axes.set_ylabel("preferred answers (%)")
-    close_up.set_xlim(1.25, 2.0)
+    close_up.set_xlim(1.25, 2.75)
     close_up.set_ylim(92.5, 100)
     close_up.set_xlabel("KL from SFT (nats)")
     close_up.set_title("the frame of the left panel")
-    axes.add_patch(Rectangle((1.25, 92.5), 0.75, 7.5, fill=False, linestyle=":"))
+    axes.add_patch(Rectangle((1.25, 92.5), 1.5, 7.5, fill=False, linestyle=":"))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -147,7 +148,7 @@ def draw_same_pairs(results):
     }
     sampled = [pooled(results[name]) for name in panels.values()]
     most = most_terms(sampled)
-    figure = Figure(figsize=(14.5, 3.6))
+    figure = Figure(figsize=(17, 3.6))
     row = figure.subplots(1, len(panels), sharey=True)
     for axes, (title, name), metrics in zip(row, panels.items(), sampled):
         draw_histogram(axes, metrics, title, OF_METHODS[name], 3, most)

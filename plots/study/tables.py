@@ -85,7 +85,7 @@ def paired(value, results, others):
     differences = [value(result) - value(other) for result, other in zip(results, others)]
     n, difference = len(differences), mean(differences)
     error = T_95[n] * stdev(differences) / math.sqrt(n)
-    return f"{difference:+.3f} [{difference - error:+.3f}, {difference + error:+.3f}]"
+    return f"{difference:+z.3f} [{difference - error:+z.3f}, {difference + error:+z.3f}]"
 
 
 def rate_of(row):
