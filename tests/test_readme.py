@@ -41,6 +41,7 @@ SENTENCES = [  # (page, sentence): {runs: metric} stands for what `filled` write
     (README, "| {RLHF: preferred} | {RLHF: exact}"),
     (RESULTS, "more answers stay exact ({offline at 3e-6: exact}), and the"),
     (RESULTS, "is hardly learned ({offline at 3e-6: preferred}, after SFT {SFT: preferred})."),
+    (RESULTS, "3e-4, where {offline at 3e-4: exact} are exact."),
     (RESULTS, "with their ceiling, about {offline: ceiling} here."),
     (RESULTS, "NLL` come near it ({offline + NLL: chosen});"),
     (RESULTS, "of `offline` end at {offline: chosen}."),
