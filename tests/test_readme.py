@@ -103,6 +103,8 @@ def test_no_row_has_an_untried_rate_and_the_most_preferred_one_was_taken():
         assert rates == runs.RATES, name
         assert row["settings"]["lr"] == rates[preferred.index(max(preferred))], name
         assert [result["seed"] for result in row["results"]] in ([1, 2, 3], [1, 2, 3, 4, 5])
+    for results in (*OF_RATES.values(), *OF_DEFAULT.values()):
+        assert [result["seed"] for result in results] == [1, 2, 3, 4, 5]
 
 
 def filled(sentence):
