@@ -1,7 +1,7 @@
 # make           everything: .venv, SFT, three DPO runs, a table, and figures in plots/
 # make quick     the same with 20 steps each, in runs/quick: to see whether all works here
 # make test      the linter and the tests
-# make study     the runs behind plots/study/README.md: four parts of 20 to 90 minutes, which are also
+# make study     the runs behind plots/study/README.md: four parts of 15 to 120 minutes, which are also
 #                targets: methods, rlhf, interventions, collapse; each resumes where it stopped
 # make publish   the tables and figures of both pages, from the JSON of the parts
 # make clean     forget the four models (.venv stays, and so does runs/study with its hours of work)
