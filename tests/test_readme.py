@@ -24,7 +24,7 @@ OF_RATES = STUDY["methods"]["offline at every rate"]
 OF_RATES = {f"offline at {rate_text(x['settings']['lr'])}": x["results"] for x in OF_RATES}
 RUNS = tables.results_of(STUDY) | OF_DEFAULT | OF_RATES
 SENTENCES = [  # (page, sentence): {runs: metric} stands for what `filled` writes there
-    (README, "{SFT: least} is the"),
+    (README, "{SFT: least} is the least at which all can be preferred"),
     (README, "the end DPO wins {default offline: pairs won} of the"),
     (README, "of the pairs, and {default offline: exact} of the"),
     (README, "exact answers to them ({SFT: held out} after SFT)"),
@@ -45,8 +45,7 @@ SENTENCES = [  # (page, sentence): {runs: metric} stands for what `filled` write
     (RESULTS, "with their ceiling, about {offline: ceiling} here."),
     (RESULTS, "NLL` come near it ({offline + NLL: chosen});"),
     (RESULTS, "of `offline` end at {offline: chosen}."),
-    (RESULTS, "rejected side, end at {imitation: rejected} (`offline`:"),
-    (RESULTS, "{offline: rejected})."),
+    (RESULTS, "rejected side, end at {imitation: rejected} (`offline`: {offline: rejected})."),
     (RESULTS, "of the pairs is {offline, smoothed: z}, and {offline, smoothed: exact} of the"),
     (RESULTS, "NLL` falls to {offline + NLL: lowest} exact, and ends at {offline + NLL: exact}."),
     (RESULTS, "generator nearly do (gap {SFT: gap})."),
@@ -55,8 +54,8 @@ SENTENCES = [  # (page, sentence): {runs: metric} stands for what `filled` write
     (RESULTS, "held-out sums, {SFT: held out} are exact after SFT and {mistakes: held out}"),
     (RESULTS, "100, the hardest sum, {SFT: largest} and {mistakes: largest} are."),
     (RESULTS, "gap of SFT is {SFT: gap} nats."),
-    (RESULTS, "{offline, by seed: exact};"),
-    (RESULTS, "{offline + KL, by seed: exact})."),
+    (RESULTS, "(exact without it: {offline, by seed: exact}; with it:"),
+    (RESULTS, "; with it: {offline + KL, by seed: exact})."),
     (RESULTS, "four of five seeds ({RLHF without the KL, by seed: exact} are exact)."),
     (RESULTS, "last term alone counts, {the last term: exact} of the"),
     (RESULTS, "all but it counts, {all but the last term: exact} are."),
@@ -65,6 +64,7 @@ SENTENCES = [  # (page, sentence): {runs: metric} stands for what `filled` write
     (RESULTS, "preferred, {the terms before the last: exact} exact)."),
     (RESULTS, "one half ({tokens below one half: preferred}, {tokens below one half: exact};"),
     (RESULTS, "what becomes likely ({half wrong sums: preferred}, {half wrong sums: exact})."),
+    (RESULTS, "KL is larger ({half wrong sums: kl}; `offline + KL`: {offline + KL: kl})"),
     (RESULTS, "at most {five terms preferred: preferred} are preferred"),
     (RESULTS, "no preference ({a file of 100 pairs: preferred}, after SFT {SFT: preferred})."),
 ]

@@ -74,11 +74,12 @@ def draw_frontier(study, results):
     axes.set_ylim(0, 104)
     axes.set_xlabel("KL from SFT (nats, logarithmic from 2 on)")
     axes.set_ylabel("preferred answers (%)")
-    close_up.set_xlim(1.25, 2.75)
-    close_up.set_ylim(92.5, 100)
+    left, right, bottom, top = 1.25, 2.75, 92.5, 100  # what the right panel enlarges
+    close_up.set_xlim(left, right)
+    close_up.set_ylim(bottom, top)
     close_up.set_xlabel("KL from SFT (nats)")
     close_up.set_title("the frame of the left panel")
-    axes.add_patch(Rectangle((1.25, 92.5), 1.5, 7.5, fill=False, linestyle=":"))
+    axes.add_patch(Rectangle((left, bottom), right - left, top - bottom, fill=False, linestyle=":"))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
